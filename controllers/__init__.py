@@ -5,7 +5,11 @@ A controller file imports from here and from the standard library only:
     from controllers import Action, State, branch, advance, probe, prune, answer, TO_END
 """
 
+from controllers.core import compiled as _compiled  # noqa: F401  # first: it says which of the others are compiled
+
+# isort: split
 from controllers.actions import TO_END, Action, Advanced, Fact, Probed, Verb, advance, answer, branch, probe, prune
+from controllers.core.branch_facts import Branch
 from controllers.environment import Environment
 from controllers.episode import Controller, run_episode, run_sync
 from controllers.errors import (
@@ -20,7 +24,9 @@ from controllers.errors import (
     SandboxUnavailable,
     UnknownController,
 )
-from controllers.state import Branch, Limits, Round, State, Stop
+from controllers.limits import Limits
+from controllers.signals import Signal
+from controllers.state import Round, State, Stop
 
 __all__ = [
     "TO_END",
@@ -42,6 +48,7 @@ __all__ = [
     "Probed",
     "Round",
     "SandboxUnavailable",
+    "Signal",
     "State",
     "Stop",
     "UnknownController",

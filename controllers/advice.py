@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Final
 
+from controllers.signals import NO_SIGNALS, Signal, parse_signals
+
 IMPORTS: Final = (
     *("controllers", "math", "statistics", "collections", "itertools", "dataclasses", "typing", "heapq", "bisect"),
     *("functools", "__future__"),
@@ -29,6 +31,10 @@ MOST: Final = 20
 """Most findings that are reported for one file."""
 LONGEST: Final = 500
 """Characters of one finding."""
+PROBE_NAMES: Final = frozenset({"probe", "PROBE", "*"})
+"""Names by which a file may refer to the action that probes a branch, and the import of all names."""
+SIGNALS: Final = "signals"
+"""Class attribute in which a controller declares the signals that it reads."""
 STATELESS: Final = "one object serves one episode; keep state in self"
 
 
@@ -49,6 +55,32 @@ def advise(source: str) -> list[str]:
     lines = [f"line {line}: {problem}" for line, problem in problems]
     more = [f"and {len(lines) - MOST} more"] if len(lines) > MOST else []
     return [line if len(line) <= LONGEST else f"{line[:LONGEST]} …" for line in lines[:MOST]] + more
+
+
+def declared_signals(source: str) -> frozenset[Signal]:
+    """Return the signals that a file's controller declares; none if the file or its declaration is invalid."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+        classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+        deciding = [classes[name] for name in _with_method("decide", classes)]
+        declaration = _declaration(deciding[0], classes) if len(deciding) == 1 else None
+        return NO_SIGNALS if declaration is None else parse_signals(_literal_names(declaration))
+    except (SyntaxError, ValueError, RecursionError, MemoryError, SystemError):
+        return NO_SIGNALS
+
+
+def uses_probes(source: str) -> bool:
+    """Return whether a file's controller may probe: it refers to probes. True for a file that cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError, SystemError):
+        return True
+    names = (getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "name", None) for node in nodes)
+    return any(name in PROBE_NAMES for name in names)
 
 
 def _everywhere(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -104,10 +136,40 @@ def _classes(tree: ast.Module) -> Iterator[tuple[int, str]]:
     decide, init = (_method(controller, name, classes) for name in ("decide", "__init__"))
     if decide is not None and _parameters(decide) != 2:
         yield decide.lineno, "decide must take self and the state only"
+    declaration = _declaration(controller, classes)
+    if declaration is not None:
+        try:
+            parse_signals(_literal_names(declaration))
+        except ValueError as error:
+            yield declaration.lineno, f"{SIGNALS}: {error}"
     takes = _fields(controller) if init is None else _parameters(init) - 1
     if takes != 1:
         line = (init or controller).lineno
         yield line, f"{controller.name} must take β only: __init__(self, beta)"
+
+
+def _declaration(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> ast.expr | None:
+    """Return the value of a class's `signals` attribute, its own or inherited from a class of this file."""
+    seen, left = {node.name}, [node]
+    while left:
+        node = left.pop()
+        for statement in reversed(node.body):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+            value = getattr(statement, "value", None)
+            if any(isinstance(target, ast.Name) and target.id == SIGNALS for target in targets) and value is not None:
+                return value  # type: ignore[no-any-return]
+        for base in reversed(_bases(node, classes)):
+            if base.name not in seen:
+                seen.add(base.name)
+                left.append(base)
+    return None
+
+
+def _literal_names(value: ast.expr) -> list[object]:
+    """Return the items of a literal tuple, list or set. Raises ValueError for any other expression."""
+    if not isinstance(value, ast.Tuple | ast.List | ast.Set):
+        raise ValueError(f'declare them as a literal tuple such as ("{Signal.INTERVALS}",)')
+    return [item.value if isinstance(item, ast.Constant) else ast.unparse(item)[:40] for item in value.elts]
 
 
 def _with_method(name: str, classes: Mapping[str, ast.ClassDef]) -> set[str]:

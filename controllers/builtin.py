@@ -11,7 +11,12 @@ from controllers.baselines import (
     AdaptiveConsistency,
     AdaptiveWaves,
     AnswerConsistency,
+    BestOfInfinity,
+    CertifiedConsistency,
+    ConfidenceInformed,
+    ConfidentWaves,
     EarlyStopping,
+    MarginAdversarial,
     ParallelProbe,
     SelfConsistency,
     ShortestFirst,
@@ -28,8 +33,13 @@ BUILT_IN: Final = MappingProxyType[str, type[Controller]](
         "adaptive_consistency": AdaptiveWaves,
         "asc": AdaptiveConsistency,
         "esc": EarlyStopping,
+        "best_of_infinity": BestOfInfinity,
+        "certified": CertifiedConsistency,
+        "cisc": ConfidenceInformed,
+        "confident": ConfidentWaves,
         "answer_consistency": AnswerConsistency,
         "parallel_probe": ParallelProbe,
+        "mars": MarginAdversarial,
         "short_m_at_k": ShortestFirst,
         "cmc": CMC,
         "everything": Everything,
@@ -37,14 +47,18 @@ BUILT_IN: Final = MappingProxyType[str, type[Controller]](
 )
 ALIASES: Final = MappingProxyType({"sc": "self_consistency"})
 """Other names of built-in controllers."""
-PINNABLE: Final = frozenset({"self_consistency", "asc", "esc", "parallel_probe", "short_m_at_k", "everything"})
+PINNABLE: Final = frozenset(
+    {"self_consistency", "asc", "esc", "cisc", "mars", "parallel_probe", "short_m_at_k", "everything"}
+)
 """Controllers that accept a number of chains, as in `asc@64`."""
 ADMIN_ONLY: Final = frozenset({"everything"})
 """Controllers that spend tokens regardless of the answer. Live, only admins may name them."""
 MOST_PINNED_CHAINS: Final = 1024
 """Largest N of `NAME@N`."""
-BASELINE: Final = "short_m_at_k"
-"""Fallback when a controller fails. It continues the open branches and votes once enough have finished."""
+DEFAULT: Final = "adaptive_consistency"
+"""Controller where none is named. It needs no probes, and its votes favour neither short chains nor long ones."""
+BASELINE: Final = DEFAULT
+"""Fallback when a controller fails. It continues from any state and counts the votes of the branches already open."""
 
 
 def create(name: str, beta: float) -> Controller:

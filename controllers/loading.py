@@ -14,12 +14,13 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
-from controllers.advice import advise
+from controllers.advice import advise, declared_signals, uses_probes
 from controllers.builtin import find
 from controllers.episode import Controller, Factory
 from controllers.errors import BadController, ControllersError, UnknownController
+from controllers.signals import Signal, parse_signals
 
 LARGEST: Final = 64 * 1024
 """Most bytes of a controller file."""
@@ -48,6 +49,22 @@ class Spec:
     def digest(self) -> str:
         """Hash of the text of a file, or of the name of a built-in controller."""
         return sha256((self.name if self.source is None else self.source).encode()).hexdigest()
+
+    @cached_property
+    def signals(self) -> frozenset[Signal]:
+        """The signals that its controller declares. A file is read, not run; an invalid declaration counts as none."""
+        if self.source is not None:
+            return declared_signals(self.source)
+        factory: Any = find(self.name)
+        return parse_signals(getattr(getattr(factory, "func", factory), "signals", ()))
+
+    @cached_property
+    def needs_probes(self) -> bool:
+        """Whether its controller may probe, so that it cannot decide episodes without probes."""
+        if self.source is not None:
+            return uses_probes(self.source)
+        factory: Any = find(self.name)
+        return bool(getattr(getattr(factory, "func", factory), "needs_probes", False))
 
     @cached_property
     def factory(self) -> Factory:

@@ -6,40 +6,31 @@
                             └─PRUNE──▶ pruned
 
 Every legal round makes progress (opens, advances, probes what moved, or prunes), so every episode ends.
+
+This module can be compiled (`controllers/core/compiled.py`). Loops copy what they read from other modules into local
+names, which is faster. What is checked here is declared as `object`, because compiled code would refuse arguments of
+other types before the check.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 from itertools import compress, count
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-from controllers.actions import ANSWER, BRANCH, CONTINUE, PROBE, PRUNE, Action, Advanced, Fact, Probed
+from controllers.core.action_types import ANSWER, BRANCH, CONTINUE, PROBE, PRUNE, Action, Advanced, Fact, Probed
+from controllers.core.branch_facts import Branch, rebuild
 from controllers.errors import BadFact, IllegalAction
+from controllers.limits import Limits, Reservations
 from controllers.voting import plurality, tally
 
-GONE, UNTOUCHED, MOVED, ASKED = range(4)
+GONE: Final = 0
+UNTOUCHED: Final = 1
+MOVED: Final = 2
+ASKED: Final = 3
 """Last effect of a round on a branch. GONE: finished or pruned. ASKED: probed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Limits of an episode. Token limits are worst cases that the state reserves; None means no limit."""
-
-    interval: int  # tokens of one interval, Δ
-    max_branches: int = 64  # branches that may ever be opened
-    branch_tokens: int | None = None  # most tokens of a branch
-    probe_tokens: int = 0  # most tokens of a probe
-    max_tokens: int | None = None  # most tokens of the episode; a hard cap
-
-    def __post_init__(self) -> None:
-        for name in ("interval", "max_branches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Limits.{name} must be at least 1, not {getattr(self, name)}")
-        if self.max_tokens is not None and self.branch_tokens is None:
-            raise ValueError("Limits.max_tokens needs branch_tokens: without it the worst case of TO_END is unknown")
 
 
 class Stop(StrEnum):
@@ -60,28 +51,10 @@ class Round(NamedTuple):
     facts: Sequence[Fact]
 
 
-class Branch:
-    """The known facts of one branch."""
-
-    __slots__ = ("finished", "intervals", "label", "probe_tokens", "probed", "pruned", "tokens")
-
-    def __init__(self) -> None:
-        self.intervals = 0  # intervals run
-        self.tokens = 0  # tokens generated, probes not counted
-        self.probe_tokens = 0  # tokens its probes cost
-        self.label: int | None = None  # final label if finished, else label of the latest probe
-        self.probed = 0  # intervals it had run when it was last probed
-        self.finished = False
-        self.pruned = False
-
-    @property
-    def active(self) -> bool:
-        """Whether it is neither finished nor pruned."""
-        return not (self.finished or self.pruned)
-
-    def __repr__(self) -> str:
-        fate = "finished" if self.finished else "pruned" if self.pruned else "running"
-        return f"<Branch {fate} intervals={self.intervals} tokens={self.tokens} label={self.label}>"
+_FIELDS: Final = (
+    *("_fresh", "_gone", "_reservations", "active", "answer", "branches", "finished", "labels"),
+    *("last", "limits", "rounds", "spent", "stop", "votes"),
+)
 
 
 class State:
@@ -91,21 +64,7 @@ class State:
     The caller owns it: after a failure, `leader()` is the best answer so far.
     """
 
-    __slots__ = (
-        "_fresh",
-        "_gone",
-        "active",
-        "answer",
-        "branches",
-        "finished",
-        "labels",
-        "last",
-        "limits",
-        "rounds",
-        "spent",
-        "stop",
-        "votes",
-    )
+    __slots__ = _FIELDS
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -121,6 +80,11 @@ class State:
         self.stop: Stop | None = None  # why the episode ended; None while it runs
         self._fresh: list[int] = []  # UNTOUCHED or GONE for each branch, at the start of a round
         self._gone = 0  # number of branches that are GONE
+        keeps_reserved = limits.max_tokens is not None and not limits.has_pauses
+        self._reservations = Reservations(limits) if keeps_reserved else None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return rebuild, (State, (self.limits,), {name: getattr(self, name) for name in _FIELDS})
 
     @property
     def width(self) -> int:
@@ -138,12 +102,13 @@ class State:
         cap = self.limits.max_tokens
         return None if cap is None else cap - self.spent
 
+    def deciding_votes(self) -> dict[int, int]:
+        """Return the votes of finished branches; if none has an answer, the latest labels of unpruned ones."""
+        return self.votes or tally(branch.label for branch in self.branches if not branch.pruned)
+
     def leader(self) -> int | None:
-        """Return the best answer so far: plurality of finished branches, else of the latest labels of unpruned ones."""
-        winner = plurality(self.votes)
-        if winner is None:
-            winner = plurality(tally(branch.label for branch in self.branches if not branch.pruned))
-        return winner
+        """Return the best answer so far: the plurality of `deciding_votes`."""
+        return plurality(self.deciding_votes())
 
     def ledger(self, winner: int | None = None) -> dict[str, int]:
         """Return tokens by purpose; they add up to `spent`. `winner` is the branch whose text is the reply."""
@@ -162,7 +127,7 @@ class State:
 
     # Legality
 
-    def check(self, actions: Sequence[Action]) -> None:
+    def check(self, actions: object) -> None:
         """Raise IllegalAction unless `actions` is a legal round. The state is not changed."""
         if self.stop is not None:
             raise IllegalAction(f"the episode has ended ({self.stop})")
@@ -170,18 +135,19 @@ class State:
             raise IllegalAction(f"a round is a list of actions, not {type(actions).__name__}")
         if not actions:
             raise IllegalAction("an empty round makes no progress; answer(state.leader()) ends the episode")
-        since = self._fresh.copy()
-        try:
-            for action in actions:
-                if type(action) is not Action:
-                    raise IllegalAction(f"{action!r} is not an action; make one with branch(), advance(), …")
-                verb, index = action.verb, action.branch
-                if verb is CONTINUE:
+        since, has_probes = self._fresh.copy(), self.limits.has_probes
+        advances, probes = CONTINUE, PROBE
+        for action in actions:
+            if type(action) is not Action:
+                raise IllegalAction(f"{action!r} is not an action; make one with branch(), advance(), …")
+            verb, index = action.verb, action.branch
+            try:
+                if verb is advances:
                     if since[index] == GONE:
                         raise self._no_branch(action, since)
                     since[index] = MOVED
-                elif verb is PROBE:
-                    if since[index] != MOVED:
+                elif verb is probes:
+                    if since[index] != MOVED or not has_probes:
                         self._check_probe(action, since)
                     since[index] = ASKED
                 elif verb is BRANCH:
@@ -194,12 +160,14 @@ class State:
                     since[index] = GONE
                 else:
                     self._check_answer(actions, action.label)
-        except IndexError:
-            raise self._no_branch(action, since) from None
+            except IndexError:
+                raise self._no_branch(action, since) from None
 
     def _check_probe(self, action: Action, since: Sequence[int]) -> None:
-        """Raise IllegalAction unless the branch has advanced since its latest probe."""
+        """Raise IllegalAction unless branches can be probed and this one has advanced since its latest probe."""
         last, index = since[action.branch], action.branch
+        if not self.limits.has_probes:
+            raise IllegalAction("PROBE: this episode has no probes (state.limits.has_probes is false)")
         if last == GONE:
             raise self._no_branch(action, since)
         if last == ASKED or self.branches[index].probed == self.branches[index].intervals:
@@ -213,7 +181,7 @@ class State:
         finished = index < len(self.branches) and self.branches[index].finished
         return IllegalAction(f"{verb}: branch {index} is {'finished' if finished else 'pruned'}")
 
-    def _check_answer(self, actions: Sequence[Action], label: int | None) -> None:
+    def _check_answer(self, actions: Sequence[object], label: int | None) -> None:
         if len(actions) > 1:
             raise IllegalAction("answer() must be the only action of its round")
         if label is None:
@@ -227,11 +195,14 @@ class State:
     def affordable(self, actions: Sequence[Action]) -> Sequence[Action]:
         """Return the longest prefix of `actions` whose worst case fits under the cap; all of them without a cap.
 
-        The first advance that does not fit is shortened to the intervals that fit. Prunes are free.
+        The first advance that does not fit is shortened to the intervals that fit. Prunes are free. If branches do not
+        pause, BRANCH reserves a whole branch, and advances are free.
         """
         remaining = self.remaining
         if remaining is None:
             return actions
+        if self._reservations is not None:
+            return self._reservations.affordable(actions, self.branches)
         interval = self.limits.interval
         grown: dict[int, int] = {}  # worst-case tokens of branches this round advances
         width = len(self.branches)
@@ -276,19 +247,24 @@ class State:
         if len(facts) != len(asking):
             raise BadFact(f"{len(facts)} facts answer {len(asking)} actions")
         branches, width, gone, spent = self.branches, len(self.branches), self._gone, 0
+        reserved = self._reservations
+        limit = 0 if reserved is None else reserved.limit(actions, branches)
+        advances, probes = CONTINUE, PROBE
         try:
-            for action, fact in zip(asking, facts, strict=True):
+            for action, fact in zip(asking, facts):  # noqa: B905  # of equal lengths, and compiled only without `strict`
                 verb, index = action.verb, action.branch
-                if verb is CONTINUE:
+                if verb is advances:
                     if type(fact) is not Advanced or fact.branch != index:
                         raise _bad(action, fact)
                     if fact.finished:
                         self._finish(fact)
                     branch, tokens = branches[index], fact.tokens
+                    if fact.confidence is not None or branch.log_probability is not None:
+                        branch.add_signals(fact)
                     branch.intervals += fact.intervals
                     branch.tokens += tokens
                     spent += tokens
-                elif verb is PROBE:
+                elif verb is probes:
                     if type(fact) is not Probed or fact.branch != index:
                         raise _bad(action, fact)
                     label, tokens = fact.label, fact.tokens
@@ -297,6 +273,8 @@ class State:
                     branch = branches[index]
                     branch.label = label
                     branch.probed = branch.intervals
+                    if not branch.finished:  # a finished one shows its answer without being asked
+                        branch.probe_confidence = fact.confidence
                     if tokens:
                         branch.probe_tokens += tokens
                         spent += tokens
@@ -309,6 +287,8 @@ class State:
                 self._close_round(actions)
         finally:
             self.spent += spent
+            if reserved is not None:
+                reserved.add(limit, len(branches) - width)
             if len(branches) != width or self._gone != gone:
                 self.active = tuple(compress(count(), self._fresh))  # GONE is 0
         self.rounds += 1
@@ -324,6 +304,8 @@ class State:
         if fact.label is not None:
             self._reveal(fact, fact.label)
         branch = Branch()
+        if fact.confidence is not None:
+            branch.add_signals(fact)
         branch.intervals, branch.tokens = fact.intervals, fact.tokens
         self.branches.append(branch)
         self._fresh.append(UNTOUCHED)

@@ -1,1 +1,1 @@
-"""Deployment: an embedded model to run the proxy with, and configuration of Prometheus and Grafana."""
+"""Deployment: an embedded model, a container image, Compose, a Helm chart, and settings of Prometheus and Grafana."""

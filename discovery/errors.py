@@ -4,9 +4,11 @@ DiscoveryError
 ├── BadRecording         a file is malformed; the message names the record and the reason
 ├── RecordingsNotFound   there are no recordings, or none that match the request
 ├── EngineError          jobs cannot be run with the selected engine
+│   └── WorkerDied       a process of the engine's pool has ended
 ├── FileWriteError       a file cannot be written
 ├── StoreError           the store cannot be opened, read or written
 │   ├── CorruptRow       a row was changed or cannot be read
+│   ├── UncertainCommit  the connection was lost while a transaction was committed
 │   └── UnstorableValue  no column can hold a value
 ├── TraceError           a file of traces cannot be written or read
 ├── BranchCensored       a replay needed more of a branch than was recorded
@@ -17,6 +19,7 @@ DiscoveryError
 ├── HistoryError         the record of a run is damaged, or belongs to another run
 ├── GateError            a finalist cannot be judged; a rejected finalist is not an error
 ├── PromotionError       the registry refuses a change and stays as it was
+│   └── RegistryAway     the database of the registry cannot be reached now
 └── CollectError         collecting cannot continue; the file stays valid
 """
 
@@ -40,6 +43,10 @@ class EngineError(DiscoveryError):
     """Jobs cannot be run with the selected engine."""
 
 
+class WorkerDied(EngineError):
+    """A worker process of a pool has died."""
+
+
 class FileWriteError(DiscoveryError):
     """A file cannot be written."""
 
@@ -50,6 +57,10 @@ class StoreError(DiscoveryError):
 
 class CorruptRow(StoreError):
     """A row of the store was changed or cannot be read."""
+
+
+class UncertainCommit(StoreError):
+    """The connection was lost while a transaction was committed. Repeating it is safe: known rows are skipped."""
 
 
 class UnstorableValue(StoreError):
@@ -90,6 +101,10 @@ class GateError(DiscoveryError):
 
 class PromotionError(DiscoveryError):
     """The registry refuses a change; nothing has changed."""
+
+
+class RegistryAway(PromotionError):
+    """The database of the registry cannot be read or written now; the same may be tried again later."""
 
 
 class CollectError(DiscoveryError):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -20,21 +19,28 @@ from discovery.errors import DiscoveryError
 from discovery.evaluation import calibration
 from discovery.evaluation.calibration import Calibrations
 from proxy.admission.auth import Access, Authenticator
-from proxy.admission.request_slot import LeaseResponse
+from proxy.admission.request_slot import with_leases
 from proxy.api.error_responses import ErrorResponses
 from proxy.api.openapi import package_version
 from proxy.api.routes import ROUTES, Endpoint, Endpoints, Route
 from proxy.api.service import Service
 from proxy.errors import ApiError, SettingsError
+from proxy.gateway_headers import keep_gateway_headers
 from proxy.http.access_log import AccessLogMiddleware
 from proxy.http.origins import with_cors
+from proxy.http.request import IndexedRequest
 from proxy.http.sse import ClientDisconnected
 from proxy.settings import Settings
-from proxy.upstream import eager_task
+from proxy.telemetry.worker_metrics import WorkerPlace
+from proxy.ui.app import UiMount, create_ui
+from proxy.ui.sources.jobs import CommandJobs, ReplaySlots
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """Return the proxy over `settings.upstream`, which must be set. Raises SettingsError."""
+def create_app(settings: Settings, place: WorkerPlace | None = None) -> FastAPI:
+    """Return the proxy over `settings.upstream`, which must be set. Raises SettingsError.
+
+    `place` is that of this process among several workers.
+    """
     if settings.upstream is None:
         raise SettingsError("upstream: the app needs one; `autotts serve` starts the embedded model itself")
     calibrations, authenticator = _calibrations(settings), Authenticator(settings)
@@ -43,10 +49,16 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             session = await stack.enter_async_context(upstream_session(settings))
-            service = app.state.service = Service(settings, session, calibrations, authenticator)
+            service = app.state.service = Service(settings, session, calibrations, authenticator, place)
             app.state.endpoints = Endpoints(service)
+            app.state.ui_jobs, app.state.ui_replay_slots = CommandJobs(), ReplaySlots()
+            stack.push_async_callback(app.state.ui_jobs.close)
             stack.push_async_callback(service.engine.close)
             stack.push_async_callback(service.tracer.close)
+            await service.limits.open()
+            stack.push_async_callback(service.limits.close)
+            await service.worker_metrics.open()
+            stack.push_async_callback(service.worker_metrics.close)
             service.health_monitor.open()
             stack.push_async_callback(service.health_monitor.close)
             stack.push_async_callback(service.grading.close)
@@ -55,6 +67,8 @@ def create_app(settings: Settings) -> FastAPI:
             await service.episode_log.open()
             stack.push_async_callback(service.episode_log.close)
             stack.push_async_callback(service.load_shedding.close)
+            if service.usage is not None:
+                stack.push_async_callback(service.usage.close)
             if settings.store is not None:
                 service.drift.open()
                 stack.push_async_callback(service.drift.close)
@@ -71,6 +85,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     for route in ROUTES:
         _add_route(app, route, app.endpoints[route.method, route.path])
+    if settings.ui:
+        app.router.routes.append(UiMount(create_ui(settings, app)))
     for failure in (ApiError, HTTPException, ClientDisconnected, Exception):
         app.add_exception_handler(failure, app.failures.respond)
     return app
@@ -113,7 +129,7 @@ class DirectDispatch:
         if endpoint is None:
             await self._app(scope, receive, send)
             return
-        request = Request(scope, receive, send)
+        request = IndexedRequest(scope, receive, send)
         try:
             response = await endpoint(request)
         except (ApiError, ClientDisconnected) as error:
@@ -156,14 +172,10 @@ def _endpoint(route: Route) -> Endpoint:
         state = request.app.state
         if route.access is not Access.ANYONE:
             state.service.guard.check(route.method, request.scope["headers"])
-        request.state.caller = state.service.authenticator.authorise(request, route.access)
-        leases = request.state.leases = ExitStack()  # released once the response is sent, or when there is none
-        try:
-            response = await route.endpoint(state.endpoints)(request)
-        except BaseException:
-            leases.close()
-            raise
-        return LeaseResponse(response, leases)
+        caller = request.state.caller = state.service.authenticator.authorise(request, route.access)
+        if caller is not None and caller.may_prioritise:
+            keep_gateway_headers(request.scope["headers"])
+        return await with_leases(request, route.endpoint(state.endpoints))
 
     return endpoint
 
@@ -188,6 +200,4 @@ def upstream_session(settings: Settings) -> aiohttp.ClientSession:
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s),
         headers=headers,
         auto_decompress=False,
-        request_class=eager_task.client_request_class(),
-        json_serialize=lambda data: json.dumps(data, separators=(",", ":")),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import logging
 import shlex
@@ -12,7 +11,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -25,19 +25,37 @@ from discovery.commands.discover import discover
 from discovery.commands.doctor import doctor
 from discovery.commands.evaluate import evaluate
 from discovery.commands.gate import gate
-from discovery.commands.history import history
 from discovery.commands.label import label
 from discovery.commands.parity import parity_command
 from discovery.commands.promote import controllers, promote, rollback
-from discovery.commands.requests import requests
+from discovery.commands.records.history import history
+from discovery.commands.records.requests import requests
+from discovery.commands.records.signals import signals
+from discovery.commands.records.trace import trace
+from discovery.commands.registry import registry
 from discovery.commands.store import importing
 from discovery.commands.store import store as keeping
-from discovery.commands.trace import trace
 from discovery.errors import DiscoveryError
 from proxy.commands.config import File, Flags, Sets, configuring, gather, with_flags
 from proxy.commands.forget import forget
 from proxy.commands.keys import keysmith
+from proxy.commands.loop.command import (
+    Branches,
+    DeployedBeta,
+    Folder,
+    Force,
+    HeldOut,
+    Latency,
+    Minutes,
+    Orders,
+    Questions,
+    Requests,
+    Seed,
+    run_loop,
+)
+from proxy.commands.loop.progress import LoopPlan
 from proxy.errors import ProxyError
+from proxy.runtime import event_loop, freeze_objects
 
 if TYPE_CHECKING:
     from proxy.settings import Settings
@@ -75,13 +93,14 @@ app.command()(doctor)
 app.command()(discover)
 app.command()(gate)
 app.command()(label)
+app.command()(signals)
 app.command("calibrate")(calibrate_command)
 app.command("collect")(collect_command)
 app.command("parity")(parity_command)
 keeping.command()(forget)
 for command in (promote, rollback, controllers):
     app.command()(command)
-for group in (importing, keeping, requests, trace, history, configuring, keysmith):
+for group in (importing, keeping, registry, requests, trace, history, configuring, keysmith):
     app.add_typer(group)
 
 
@@ -117,7 +136,7 @@ def serve(given: Flags, config: File = None, sets: Sets = None) -> None:
 
 @app.command("demo")
 def demonstrate(
-    problems: Annotated[int, typer.Option(min=1, max=1000, help="number of held-back problems")] = 40,
+    problems: Annotated[int, typer.Option(min=1, max=1000, help="number of held-back problems")] = 60,
     plot: Annotated[Path, typer.Option(help="file for the plot of accuracy over tokens (.png or .svg)")] = Path(
         "frontier.png"
     ),
@@ -127,27 +146,42 @@ def demonstrate(
     _run(_demo(problems, plot, controller))
 
 
+@app.command("loop")
+def loop(
+    folder: Folder = Path("loop"),
+    search: Questions = LoopPlan.search_questions,
+    held_out: HeldOut = LoopPlan.held_out_questions,
+    branches: Branches = LoopPlan.branches,
+    minutes: Minutes = LoopPlan.minutes,
+    latency: Latency = LoopPlan.latency,
+    shuffles: Orders = LoopPlan.shuffles,
+    live: Requests = LoopPlan.requests,
+    beta: DeployedBeta = LoopPlan.beta,
+    seed: Seed = LoopPlan.seed,
+    force: Force = LoopPlan.force,
+) -> None:
+    """Run the whole loop on the embedded model: collect, discover, gate, promote, compare live, roll back."""
+    plan = LoopPlan(search, held_out, branches, minutes, latency, shuffles, live, beta, seed, force)
+    _run(run_loop(folder, plan, console))
+
+
 def main() -> None:
-    """Run the command line."""
+    """Run the command line. SIGTERM ends a command in order: it stops its workers and removes its temporary files."""
+    signal.signal(signal.SIGTERM, _exit_on_signal)
     app()
+
+
+def _exit_on_signal(number: int, _: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
     """Run `work` on an event loop. SIGTERM cancels it as an interrupt does."""
     try:
-        with asyncio.Runner(loop_factory=_loop()) as runner:
+        with asyncio.Runner(loop_factory=event_loop()) as runner:
             runner.run(_interruptible(work))
     except (KeyboardInterrupt, asyncio.CancelledError):
         raise typer.Exit(130) from None
-
-
-def _loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return uvloop's event loop, which is twice as fast, or None if uvloop is not installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
 
 
 async def _interruptible(work: Coroutine[Any, Any, None]) -> None:
@@ -160,45 +194,56 @@ async def _serve(settings: Settings) -> None:
     from proxy.admission.auth import check_host
     from proxy.server import Server, listen
     from proxy.settings import LogForm
+    from proxy.workers.shares import note
+    from proxy.workers.supervisor import Supervisor
 
     check_host(settings)
     with listen(settings.host, settings.port) as listening:
-        ready, upstream = _upstream(settings, logging.getLogger("proxy").info, lambda: server.take_restart())
+        log = logging.getLogger("proxy")
+        ready, upstream = _upstream(settings, log.info, lambda: (supervisor or server).take_restart())
         text = ""
 
         def begin() -> None:
-            gc.collect()
-            gc.freeze()  # objects made at start are permanent; scanning them repeatedly takes a fifth of a core
-            gc.set_threshold(10_000)  # reference counting frees nearly all objects of a request
+            freeze_objects()
+            announce()
+
+        def announce() -> None:
+            if settings.workers > 1:
+                log.warning(note(settings))
             if settings.log is LogForm.JSON:
-                logging.getLogger("proxy").info("listening on %s", url)
+                log.info("listening on %s", url)
             else:
                 console.print(text, highlight=False, markup=False, soft_wrap=True)
 
         server = Server(ready, begin)  # raises SettingsError before anything costly starts
+        supervisor = Supervisor(ready, announce) if settings.workers > 1 else None
         async with upstream:
             model = await _example_model(ready)
             url = base_url(settings.host, listening.getsockname()[1])
+            has_ui = settings.ui and settings.workers == 1
             has_keys = settings.keys is not None or settings.client_keys is not None
-            text = welcome(url, model, is_embedded=settings.upstream is None, has_keys=has_keys)
-            await server.serve(sockets=[listening])
+            text = welcome(url, model, is_embedded=settings.upstream is None, has_keys=has_keys, has_ui=has_ui)
+            await (server.serve(sockets=[listening]) if supervisor is None else supervisor.run(listening))
 
 
 async def _example_model(settings: Settings) -> str | None:
     """Return the model for the printed example; None, with a warning, if the upstream does not list its models."""
     from proxy.app import upstream_session
     from proxy.errors import UpstreamError
-    from proxy.upstream.client import UpstreamClient
+    from proxy.telemetry.metrics import Metrics
+    from proxy.upstream.fleet.factory import create_upstream
 
     log = logging.getLogger("proxy")
     async with upstream_session(settings) as session:
-        engine = UpstreamClient(str(settings.upstream), session, read_timeout_s=settings.read_timeout_s)
+        engine = create_upstream(settings, session, Metrics())
         log.info("starting the proxy for the upstream %s", engine.display_url)
         try:
             models = [model.id for model in await engine.for_background().models(is_check=True)]
         except UpstreamError as error:
             log.warning("%s; the proxy starts anyway; /ready shows when the upstream is up", error.logged)
             return settings.model
+        finally:
+            await engine.close()
     if not models:
         log.warning("%s serves no model", engine.display_url)
     elif settings.model is not None and {settings.model, settings.model.rpartition("@")[0]}.isdisjoint(models):
@@ -250,7 +295,7 @@ def base_url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def welcome(url: str, model: str | None, *, is_embedded: bool, has_keys: bool = False) -> str:
+def welcome(url: str, model: str | None, *, is_embedded: bool, has_keys: bool = False, has_ui: bool = True) -> str:
     """Return the text printed at start: a curl command and a Python snippet that work against this server."""
     from deploy.embedded.task import held_back
 
@@ -260,9 +305,10 @@ def welcome(url: str, model: str | None, *, is_embedded: bool, has_keys: bool = 
     key = "YOUR_KEY" if has_keys else "unused"
     headers = ["content-type: application/json", "x-tts-beta: 0.5", *(["authorization: Bearer YOUR_KEY"] * has_keys)]
     flags = " ".join(f"-H '{header}'" for header in headers)
+    dashboard = f"\nDashboard and playground: {url}/ui\n" if has_ui else ""
     return f"""
 AutoTTS Proxy listens on {url}
-
+{dashboard}
 curl {url}/v1/chat/completions {flags} -d {shlex.quote(body)}
 
 from openai import OpenAI

@@ -10,6 +10,7 @@ ProxyError
     ├── NotFound               404, unknown model, path or request id
     ├── TooMany                429, a limit is exceeded
     ├── RecordsAway            503, the store is unavailable
+    ├── LimitsAway             503, the shared limits are unavailable
     ├── TooManyConnections     503, too many connections are open
     ├── ShuttingDownError      503, the server is shutting down
     └── UpstreamError          502 by default, the upstream failed
@@ -17,6 +18,7 @@ ProxyError
         ├── UpstreamTimeout        504, no data in time
         ├── UpstreamCircuitOpen    503, the circuit breaker is open
         ├── UpstreamProtocolError  502, an invalid response
+        │   └── UpstreamDisconnected   the connection broke
         └── UpstreamRefused        the upstream returned an error; 4xx keep their status
 """
 
@@ -119,6 +121,16 @@ class RecordsAway(ApiError):
     status = HTTPStatus.SERVICE_UNAVAILABLE
 
 
+class LimitsAway(ApiError):
+    """The shared limits cannot be reached now, and nothing is served without them."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"retry-after": "2"}
+
+
 class ShuttingDownError(ApiError):
     """The server is shutting down and accepts no new requests."""
 
@@ -172,6 +184,7 @@ class UpstreamError(ApiError):
 
     status = HTTPStatus.BAD_GATEWAY
     type = "upstream_error"
+    is_unanswered = False  # whether the upstream had not begun a response, so that another may get the request
 
     @property
     def logged(self) -> str:
@@ -181,6 +194,8 @@ class UpstreamError(ApiError):
 
 class UpstreamUnreachable(UpstreamError):
     """No connection to the upstream can be made."""
+
+    is_unanswered = True
 
 
 class UpstreamTimeout(UpstreamError):
@@ -193,6 +208,7 @@ class UpstreamCircuitOpen(UpstreamError):
     """The circuit breaker is open after too many failures; `after` is the number of seconds until a retry."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
+    is_unanswered = True
 
     def __init__(self, message: str, *, after: float) -> None:
         super().__init__(message, code="upstream_ejected")
@@ -205,6 +221,10 @@ class UpstreamCircuitOpen(UpstreamError):
 
 class UpstreamProtocolError(UpstreamError):
     """The upstream's response is invalid: a cut stream, invalid JSON, or usage that does not add up."""
+
+
+class UpstreamDisconnected(UpstreamProtocolError):
+    """The upstream broke the connection before its response had ended."""
 
 
 class UpstreamRefused(UpstreamError):

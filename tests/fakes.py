@@ -16,6 +16,7 @@ from aiohttp import web
 
 from controllers import Action, Advanced, Controller, Fact, Limits, Probed, State, Verb, answer, probe
 from controllers.actions import TO_END
+from controllers.signals import NO_SIGNALS, Signal, combine, interval_signals
 from discovery.answers import Answer, Labels, read_answer
 from proxy.probe_templates import LEAD, TEMPLATES, Family
 
@@ -24,6 +25,11 @@ MODEL = "fake-model"
 MAX_LENGTH = 2000
 ASSISTANT = "<assistant>"
 EOS = 0
+
+
+def log_probability(token: int, position: int) -> float:
+    """Return the log-probability that the fakes give to a token at a position of its branch."""
+    return -((31 * token + 17 * position) % 89) / 50
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,11 @@ class Chain:
         """Number of characters plus the end token."""
         return len(self.text) + 1
 
+    @property
+    def log_probabilities(self) -> list[float]:
+        """Log-probability of each token."""
+        return [log_probability(token, at) for at, token in enumerate([*map(ord, self.text), EOS])]
+
     def probe_answer(self, tokens: int, interval: int) -> str:
         return self.probe_answers[min(max(tokens // interval, 1), len(self.probe_answers)) - 1]
 
@@ -50,12 +61,22 @@ def chain(answer: str, length: int, probe_answers: Sequence[str] = ("",), mark: 
 
 
 class ScriptedEnvironment:
-    """An environment without I/O that never suspends. `probe_cost` maps a branch's text to the cost of a probe."""
+    """An environment without I/O that never suspends. `probe_cost` maps a branch's text to the cost of a probe.
 
-    def __init__(self, chains: Sequence[Chain], interval: int, probe_cost: Callable[[str], int] = lambda _: 0) -> None:
+    Facts of intervals have signals if `signals` has them; probes never do.
+    """
+
+    def __init__(
+        self,
+        chains: Sequence[Chain],
+        interval: int,
+        probe_cost: Callable[[str], int] = lambda _: 0,
+        signals: frozenset[Signal] = NO_SIGNALS,
+    ) -> None:
         self.chains = chains
         self.interval = interval
         self.probe_cost = probe_cost
+        self.signals = signals
         self.at: list[int] = []
         self.labels = Labels()
         self.rounds: list[Sequence[Action]] = []
@@ -84,7 +105,17 @@ class ScriptedEnvironment:
         tokens = self.at[index] - before
         finished = self.at[index] == chain.tokens
         label = self._label(read_answer(chain.text)) if finished else None
-        return Advanced(index, -(-tokens // self.interval), tokens, finished, label)
+        parts = self.interval_signals(index, self.at[index])[before // self.interval :] if tokens else ()
+        lengths = [min(self.interval, self.at[index] - at) for at in range(before, self.at[index], self.interval)]
+        signals = combine((length, *part) for length, part in zip(lengths, parts, strict=True)) if parts else ()
+        return Advanced(index, -(-tokens // self.interval), tokens, finished, label, *signals)
+
+    def interval_signals(self, index: int, tokens: int) -> list[tuple[int | None, int | None]]:
+        """Return the signals of each interval in a branch's first tokens, if they are known."""
+        if Signal.INTERVALS not in self.signals:
+            return []
+        values = self.chains[index].log_probabilities[:tokens]
+        return [interval_signals(values[at : at + self.interval]) for at in range(0, tokens, self.interval)]
 
     def _label(self, answer: Answer | None) -> int | None:
         return None if answer is None else self.labels.label_of(answer.form, answer.written)
@@ -95,14 +126,27 @@ def episode(interval: int = 10, **limits: Any) -> State:
     return State(Limits(interval, **limits))
 
 
+@asynccontextmanager
+async def listening(app: web.Application, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[str]:
+    """Serve an app and yield its URL. Its handlers are cancelled when their clients go, and at the end."""
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+    await runner.setup()
+    await web.TCPSite(runner, host, port).start()
+    try:
+        yield f"http://{host}:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
 class FakeVLLM:
     """The part of vLLM's HTTP interface the proxy uses. Ids are code points; generation follows `chains` in order.
 
     `fault` makes /v1/completions misbehave: "refuse", "garbage", "cut", "hang", "lie", "error_event", "foreign",
-    "no_priority", "unavailable" (503), "drop" (closed before an answer), "error_body" (an error with
-    status 200), "echo" (an error that quotes the prompt), "babble" (the prompt where JSON should be), "broken" (500),
-    "unmade" (501), "more" (ten times the tokens it may write), "short" and "shorter" (ended for its length after one
-    token or two), "aborted" and "odd" (ended for another reason).
+    "no_priority", "no_logprobs" (refused), "unsure" (no log-probabilities, though asked for), "unavailable" (503),
+    "drop" (closed before an answer), "error_body" (an error with status 200), "echo" (an error that quotes the prompt),
+    "babble" (the prompt where JSON should be), "broken" (500), "unmade" (501), "more" (ten times the tokens it may
+    write), "short" and "shorter" (ended for its length after one token or two), "aborted" and "odd" (ended for another
+    reason).
     "no_models" and "models_hang" make /v1/models misbehave instead.
     It applies from request number `fault_after` on, to `fault_times` requests if that is set.
     """
@@ -110,6 +154,8 @@ class FakeVLLM:
     def __init__(self, chains: Sequence[Chain] = (), interval: int = 10) -> None:
         self.chains = list(chains)
         self.interval = interval
+        self.models = [MODEL]  # ids of the served models
+        self.max_length = MAX_LENGTH  # that it reports
         self.opened = 0
         self.generated = 0
         self.running = 0
@@ -118,8 +164,10 @@ class FakeVLLM:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.fault = ""
+        self.first = 1  # tokens of each output in its first chunk, after which most faults come
         self.fault_after = 0
         self.fault_times = 0
+        self.decoded = 0  # requests for the text of token ids
         self.spares_text = False  # `fault` does not apply to requests whose prompt is a text
         self.growth = 0  # tokens added to the counters at each read of /metrics
         self.counted = 0
@@ -141,7 +189,7 @@ class FakeVLLM:
         self.url = ""
 
     @asynccontextmanager
-    async def serve(self) -> AsyncIterator[FakeVLLM]:
+    async def serve(self, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[FakeVLLM]:
         app = web.Application(middlewares=[_politely] if self.is_polite else [])
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/health", self._health)
@@ -150,22 +198,16 @@ class FakeVLLM:
         app.router.add_post("/detokenize", self._detokenise)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/v1/chat/completions", self._chat)
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        try:
+        async with listening(app, host, port) as self.url:
             yield self
-        finally:
-            await runner.cleanup()
 
     async def _models(self, _: web.Request) -> web.Response:
         if self.fault == "no_models":
             return web.Response(text="<html>")
         if self.fault == "models_hang":
             await asyncio.Event().wait()
-        return web.json_response({"object": "list", "data": [{"id": MODEL, "max_model_len": MAX_LENGTH}]})
+        models = [{"id": model, "max_model_len": self.max_length} for model in self.models]
+        return web.json_response({"object": "list", "data": models})
 
     async def _metrics(self, _: web.Request) -> web.Response:
         if self.queued:
@@ -192,11 +234,15 @@ class FakeVLLM:
         return web.json_response({"tokens": ids, "count": len(ids), "max_model_len": MAX_LENGTH})
 
     async def _detokenise(self, request: web.Request) -> web.Response:
+        self.decoded += 1
         return web.json_response({"prompt": _text((await request.json())["tokens"])})
 
-    async def _chat(self, request: web.Request) -> web.Response:
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
         self.requests.append(await request.json())
         self.headers.append(dict(request.headers))
+        if self.requests[-1].get("return_token_ids"):  # a branch; tests/chat_fake.py generates those
+            error = {"message": "this fake generates no chat completions", "type": "BadRequestError", "code": 400}
+            return web.json_response({"error": error}, status=400)
         return web.json_response({"id": "upstream", "choices": [], "echo": self.requests[-1]})
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
@@ -246,6 +292,9 @@ class FakeVLLM:
         if fault == "no_priority" and body.get("priority"):
             error = {"message": "Got priority 9 but Priority scheduling is not enabled.", "code": 400}
             return web.json_response({"error": error}, status=400)
+        if fault == "no_logprobs" and "logprobs" in body:
+            error = {"message": "logprobs are not supported", "type": "BadRequestError", "code": 400}
+            return web.json_response({"error": error}, status=400)
         prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
         if isinstance(body["prompt"], str):  # a health check, which belongs to no chain
             written = [([ord("7")], "length")]
@@ -254,11 +303,19 @@ class FakeVLLM:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
 
+        def logprobs(index: int, ids: Sequence[int], since: int = 0) -> dict[str, Any] | None:
+            if body.get("logprobs") is None or fault == "unsure":
+                return None
+            own = _text(prompts[index // body.get("n", 1)]).rpartition(ASSISTANT)[2]
+            return completion_logprobs(ids, _text_of_ids(ids), len(own) + since, body)
+
         async def send(data: object) -> None:
             await response.write(b"data: " + json.dumps(data).encode() + b"\n\n")
 
+        firsts = [self.first_of(ids) for ids, _ in written]
         for index, (ids, _) in enumerate(written):
-            await send({"choices": [_choice(index, ids[:1], None)]})
+            first = ids[: firsts[index]]
+            await send({"choices": [_choice(index, first, None, logprobs(index, first))]})
         if fault == "hang":
             self.hanging.set()
             await asyncio.Event().wait()
@@ -290,7 +347,8 @@ class FakeVLLM:
                 await asyncio.sleep(0.01)
             return response
         for index, (ids, finish) in enumerate(written):
-            await send({"choices": [_choice(index, ids[1:], finish)]})
+            at = firsts[index]
+            await send({"choices": [_choice(index, ids[at:], finish, logprobs(index, ids[at:], at))]})
         total = sum(len(ids) for ids, _ in written)
         self.generated += total
         usage = {
@@ -317,15 +375,24 @@ class FakeVLLM:
         ids = [*map(ord, chain.text), EOS][len(text) :][: body["max_tokens"]]
         return ids, "stop" if ids[-1] == EOS else "length"
 
+    def first_of(self, ids: Sequence[int]) -> int:
+        """Return how many tokens of an output are in its first chunk. The last one comes with the reason of its end."""
+        return 1 if self.first == 1 else min(self.first, len(ids) - 1)
+
     def _speak(self, text: str, most: int) -> tuple[list[int], str]:
         """Return the answer to a probe, or the end of a reply that is being closed."""
-        context = text.removesuffix(LEAD)
+        context, lead, begun = text.rpartition(LEAD)
+        if not lead:
+            context, begun = text, ""
         closings = ("", LONGEST_CLOSING, "\n\n")  # as `probing.closing` may have chosen
         thoughts = [context.removesuffix(closing) for closing in closings]
+        if not lead and not any(c.text.startswith(t) for t in thoughts for c in self.chains):  # a reply that goes on
+            context, _, begun = context.rpartition(LONGEST_CLOSING)
+            thoughts = [context]
         thought, chain = next((t, c) for t in thoughts for c in self.chains if c.text.startswith(t))
         probe_answer = chain.probe_answer(len(thought), self.interval)
-        reply = f"{probe_answer}}}" if text.endswith(LEAD) else f"So \\boxed{{{probe_answer}}}"
-        ids = [*map(ord, reply), EOS][:most]
+        reply = f"{probe_answer}}}" if lead else f"So \\boxed{{{probe_answer}}}"
+        ids = [*map(ord, reply), EOS][len(begun) :][:most]
         return ids, "stop" if ids[-1] == EOS else "length"
 
     def _find(self, text: str) -> Chain:
@@ -345,8 +412,35 @@ async def _politely(request: web.Request, handler: Any) -> web.StreamResponse:
     return web.json_response({"error": body}, status=status)
 
 
-def _choice(index: int, ids: Sequence[int], finish: str | None) -> dict[str, Any]:
-    return {"index": index, "text": _text(ids), "token_ids": list(ids), "finish_reason": finish, "stop_reason": None}
+def _choice(
+    index: int, ids: Sequence[int], finish: str | None, logprobs: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    return {
+        "index": index,
+        "text": _text(ids),
+        "logprobs": logprobs,
+        "token_ids": list(ids),
+        "finish_reason": finish,
+        "stop_reason": None,
+    }
+
+
+def completion_logprobs(
+    ids: Sequence[int], texts: Sequence[str], position: int, body: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a choice's `logprobs` as vLLM sends it for new tokens; the first is at `position` of its branch."""
+    tokens = [f"token_id:{token}" for token in ids] if body.get("return_tokens_as_token_ids") else list(texts)
+    values = [log_probability(token, position + at) for at, token in enumerate(ids)]
+    return {
+        "text_offset": [sum(map(len, tokens[:at])) for at in range(len(tokens))],
+        "token_logprobs": values,
+        "tokens": tokens,
+        "top_logprobs": [{token: value} for token, value in zip(tokens, values, strict=True)],
+    }
+
+
+def _text_of_ids(ids: Sequence[int]) -> list[str]:
+    return ["<end>" if token == EOS else chr(token) for token in ids]
 
 
 def _text(ids: Sequence[int]) -> str:
@@ -411,6 +505,7 @@ class RawUpstream:
         self.status = status
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
         self.seen: list[Seen] = []
+        self.is_well = False  # whether /health returns 200
         self.go = asyncio.Event()
         self.go.set()
         self.url = ""
@@ -420,6 +515,7 @@ class RawUpstream:
     async def serve(self) -> AsyncIterator[RawUpstream]:
         app = web.Application(client_max_size=2**26)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/health", self._health)
         app.router.add_post("/{path:.*}", self._answer)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
         await runner.setup()
@@ -433,6 +529,9 @@ class RawUpstream:
 
     async def _models(self, _: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": MODEL, "max_model_len": MAX_LENGTH}], "object": "list"})
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.Response(status=200 if self.is_well else 404)
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         headers = {name.lower(): value for name, value in request.headers.items()}

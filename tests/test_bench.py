@@ -9,23 +9,57 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench.its_hub_client import boxed
+from tests.bench.peers import PeerEnvironment, PeerMissing
 from tests.bench.replay import FILE
-from tests.bench.rows import Row, Size, median_ratio
+from tests.bench.rivals import RivalPoint, accuracy_at
+from tests.bench.rows import Row, Size, median_ratio, percentile
 
 ROOT = Path(__file__).parents[1]
-NEEDS_RECORDINGS = {"replay", "cascade"}
-PARTS = ("answers", "replay", "sealed", "cascade", "recorder", "edge", "live")
+NEEDS_RECORDINGS = {"replay", "default", "cascade", "ray"}
+PARTS = (
+    "answers",
+    "replay",
+    "sealed",
+    "default",
+    "cascade",
+    "ray",
+    "dashboard",
+    "growth",
+    "recorder",
+    "edge",
+    "own",
+    "busy",
+    "live",
+    "collect",
+    "signals",
+)
+TIMEOUT_S = 900
+"""Only a part that hangs takes this long."""
 
 
-@pytest.mark.vllm
-def test_a_quick_run_measures_every_part() -> None:
-    command = [sys.executable, "-m", "tests.bench", "--quick"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+@pytest.mark.timeout(2 * TIMEOUT_S)
+def test_a_quick_run_measures_every_part(vllm: str) -> None:
+    command = [sys.executable, "-m", "tests.bench", "--quick", "--upstream", vllm]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert ran.returncode == 0, ran.stderr[-4000:]
     rows = {part: int(count) for part, count in re.findall(r"^(\w+): (\d+) rows in", ran.stderr, re.MULTILINE)}
     assert tuple(rows) == PARTS
     expected_empty = set() if FILE.exists() else NEEDS_RECORDINGS
     assert {part for part, count in rows.items() if not count} == expected_empty
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.parametrize("kind", ["forwarded", "controlled"])
+def test_the_profile_of_a_request_has_a_share_for_each_part(kind: str) -> None:
+    command = [sys.executable, "-m", "tests.bench.request_profile", kind]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    assert re.search(rf"{kind} request: [\d,]+ function calls", ran.stdout)
+    shares = [int(share) for share in re.findall(r"(\d+)%", ran.stdout)]
+    assert 90 <= sum(shares) <= 110
+    assert shares == sorted(shares, reverse=True)
 
 
 @pytest.mark.process
@@ -40,3 +74,26 @@ def test_a_ratio_is_the_median_of_paired_ratios_with_its_spread() -> None:
     assert median_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == ("2.00", "1.00 to 3.00")
     assert Row("a", "b", "c", "d").spread == ""
     assert (Size().pick(9, 1), Size(is_quick=True).pick(9, 1)) == (9, 1)
+
+
+def test_a_percentile_is_one_of_the_figures() -> None:
+    assert [percentile([9.0, 1.0, 5.0], percent) for percent in (0, 50, 99, 100)] == [1.0, 5.0, 5.0, 9.0]
+    assert percentile([], 95) == 0.0
+
+
+def test_the_accuracy_for_some_tokens_is_read_from_the_frontier() -> None:
+    points = [RivalPoint("b", 80.0, 1.0, 1_000.0, 1.0), RivalPoint("a", 40.0, 1.0, 10.0, 1.0)]
+    assert [accuracy_at(points, tokens) for tokens in (1.0, 10.0, 100.0, 1_000.0, 9_999.0)] == [40, 40, 60, 80, 80]
+
+
+def test_its_hub_compares_the_last_boxed_answers() -> None:
+    assert boxed("first \\boxed{1}, then \\boxed{12}") == "12"
+    assert boxed("no answer") == "no answer"
+
+
+@pytest.mark.process
+async def test_a_rival_that_cannot_be_installed_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = PeerEnvironment("its_hub", (("no-such-package-anywhere==1",),))
+    monkeypatch.setattr(PeerEnvironment, "folder", property(lambda _: Path("/dev/null/nowhere")))
+    with pytest.raises(PeerMissing, match="not installed"):
+        await missing.install()

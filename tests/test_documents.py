@@ -22,6 +22,7 @@ from proxy.requests.generation_request import TtsOptions
 from proxy.settings import EMBEDDED, SERVED, Settings
 from tests.docs.generated import COMMAND, TABLES, in_page, main, registered, series_name, with_table
 from tests.readability import PACKAGES, ROOT
+from tests.report.quotes import anchor
 
 MAX_README_COLUMNS = 120
 DOCUMENTS = sorted(
@@ -82,16 +83,16 @@ def test_defaults_in_the_manual_equal_those_of_the_settings(name: str) -> None:
 def test_settings_and_metrics_named_in_documents_exist(document: Path) -> None:
     content = re.sub(r"<!-- generated.*?<!-- end -->", "", document.read_text(), flags=re.DOTALL)
     known = {f"AUTOTTS_{name.upper()}" for name in Settings.model_fields}
-    known |= {"AUTOTTS_CONFIG", "AUTOTTS_EXPLORER_API_KEY"}
+    known |= {"AUTOTTS_CONFIG", "AUTOTTS_EXPLORER_API_KEY", "AUTOTTS_PURE_PYTHON"}
     assert set(re.findall(r"\bAUTOTTS_[A-Z_]+\b", content)) - known == set()
     series = {series_name(metric) for metric in registered()}
     assert set(re.findall(r"`(autotts_[a-z_]+)", content)) - series == set()
 
 
 def anchors(document: Path) -> set[str]:
-    """Return the anchors of a document's headings, as GitHub makes them."""
+    """Return the anchors of a document's headings."""
     headings = re.findall(r"^#+ +(.*)$", document.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return set(map(anchor, headings))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
@@ -99,10 +100,10 @@ def test_links_in_documents_have_existing_targets(document: Path) -> None:
     for link in re.findall(r"\]\(([^) ]+)\)", document.read_text()):
         if "://" in link:
             continue
-        path, _, anchor = link.partition("#")
+        path, _, fragment = link.partition("#")
         target = (document.parent / path).resolve() if path else document
         assert target.exists(), link
-        assert not anchor or anchor in anchors(target), link
+        assert not fragment or fragment in anchors(target), link
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
@@ -225,7 +226,16 @@ def test_the_readme_links_to_every_page_of_the_manual() -> None:
 
 def test_the_top_level_holds_only_the_expected_files_and_folders() -> None:
     agreed = {"proxy", "discovery", "controllers", "tests", "deploy", "docs", "README.md", "pyproject.toml"}
-    usual = {"ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "constraints.txt"}
+    usual = {
+        "ARCHITECTURE.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "MANIFEST.in",
+        "Makefile",
+        "constraints.txt",
+        "setup.py",
+    }
     shown = {path.name for path in ROOT.iterdir() if not path.name.startswith(".") and "egg-info" not in path.name}
     assert agreed <= shown
     made = {"build", "dist", "frontier.png", "autotts.db", "autotts.db-wal", "autotts.db-shm", "autotts.db.spill"}

@@ -12,6 +12,8 @@ MOST_PROBES = 10
 class AnswerConsistency:
     """Stops when k consecutive probes give the same answer, k from 2 at β = 0 to 10 at β = 1."""
 
+    needs_probes = True
+
     def __init__(self, beta: float) -> None:
         self.settled = round(linear(2, MOST_PROBES, check_beta(beta)))
         self.agreed = 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from functools import cache
+from itertools import chain
 
 from controllers.actions import Action, advance, answer, branch, probe, prune
 from controllers.dial import check_beta
@@ -25,6 +26,8 @@ MOST_BRANCHES = 64
 
 class CMC:
     """All parameters follow β, as published."""
+
+    needs_probes = True
 
     def __init__(self, beta: float) -> None:
         b = check_beta(beta)
@@ -112,7 +115,7 @@ class CMC:
         """Advance every running chain."""
         steps = _steps(1)
         if self.winner is not None and self.round + 1 >= self.warm_up:  # the next round needs probes
-            return [action for i in state.active for action in steps[i]]
+            return list(chain.from_iterable([steps[i] for i in state.active]))
         self.blind = True
         return [steps[i][0] for i in state.active]
 
@@ -120,22 +123,25 @@ class CMC:
         """Advance every running chain, agreeing ones faster, and prune persistent deviants."""
         branches, winner, disagreements = state.branches, self.winner, self.disagreements
         alone, agreeing = _steps(1), _steps(self.burst)
+        patience = self.patience
         strays: list[int] = []
-        actions: list[Action] = []
+        steps: list[tuple[Action, Action]] = []
         for i in state.active:
             if branches[i].label == winner:
                 disagreements[i] = 0
-                actions += agreeing[i]
+                steps.append(agreeing[i])
             else:
-                disagreements[i] += 1
-                if disagreements[i] >= self.patience:
+                disagreements[i] = count = disagreements[i] + 1
+                if count >= patience:
                     strays.append(i)
-                actions += alone[i]
+                steps.append(alone[i])
+        actions = chain.from_iterable(steps)
         if not strays:
-            return actions
+            return list(actions)
         strays.sort(key=lambda i: -disagreements[i])
         abandoned = strays[: max(0, len(state.active) - 2)]  # the worst first; two chains always stay
-        return [prune(i) for i in abandoned] + [action for action in actions if action.branch not in abandoned]
+        gone = frozenset(abandoned)
+        return [prune(i) for i in abandoned] + [action for action in actions if action.branch not in gone]
 
 
 def _unprobed(state: State) -> list[Action]:

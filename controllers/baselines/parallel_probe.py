@@ -24,6 +24,8 @@ from controllers.voting import top_two
 class ParallelProbe:
     """Width, stability, patience and warm-up grow with β; β = 1 has the published values 64, 40, 7 and 15."""
 
+    needs_probes = True
+
     def __init__(self, beta: float, samples: int | None = None) -> None:
         check_beta(beta)
         self.width = round(linear(4, 64, beta)) if samples is None else samples

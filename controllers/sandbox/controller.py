@@ -13,9 +13,10 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 from controllers.actions import Action
 from controllers.episode import RemoteController
 from controllers.errors import BoundaryViolation, ControllerError
+from controllers.limits import Limits
 from controllers.sandbox import frames
 from controllers.sandbox.handle import Decision, SandboxHandle
-from controllers.state import Limits, State
+from controllers.state import State
 
 T = TypeVar("T")
 
@@ -93,8 +94,12 @@ Episode = Callable[[RemoteController], Coroutine[Any, Any, T]]
 
 
 def episodes_per_message(limits: Limits) -> int:
-    """Return how many episodes may share a message, so that the largest legal reply still fits in a frame."""
-    return max(1, min(EPISODES_PER_PROCESS, frames.MAX_FRAME_BYTES // 8 // (frames.most_actions(limits) + 2)))
+    """Return how many episodes may share a message.
+
+    The largest legal reply fits in a frame, and so does a round that advances and probes every branch with new facts.
+    """
+    largest = max(frames.most_actions(limits), 2 * limits.max_branches * frames.NUMBERS_PER_NEW_FACT) + 8
+    return max(1, min(EPISODES_PER_PROCESS, frames.MAX_FRAME_BYTES // 8 // largest))
 
 
 def run_together(

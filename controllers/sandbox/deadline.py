@@ -33,7 +33,7 @@ class Deadline:
         self.start = meter.read()
         self._meter = meter
         self._more: float | None = None  # seconds of extension
-        self._stopped: float | None = None  # reading of the wall clock
+        self._stopped: ProcessUsage | None = None  # reading when the clock was stopped
 
     def left(self) -> float:
         """Return the seconds of wall clock until the next check; 0 or less if the time is up."""
@@ -54,9 +54,17 @@ class Deadline:
 
     def stop(self) -> None:
         """Stop the clock, because the process is about to be killed: the time it takes to end does not count."""
-        self._stopped = self._meter.read().wall
+        self._stopped = self._meter.read()
 
     def usage(self) -> ProcessUsage:
-        """Return the usage from the question to `stop`, or to now. It is exact once the process has ended."""
-        usage = self._meter.read()
-        return usage._replace(wall=usage.wall if self._stopped is None else self._stopped).since(self.start)
+        """Return the usage from the question to `stop`, or to now. It is exact once the process has ended.
+
+        A wait for a processor that `stop` interrupted is known only then: it is what the process has run and waited
+        since, beyond the time that has passed.
+        """
+        now = self._meter.read()
+        if self._stopped is None:
+            return now.since(self.start)
+        ending = now.since(self._stopped)
+        waited = max(0.0, ending.cpu + ending.queued - ending.wall)
+        return self._stopped._replace(queued=self._stopped.queued + waited).since(self.start)

@@ -4,13 +4,15 @@
                                                            process: READY, or a text: why it is not sealed
     owner    = LOAD, number, name, source                → process: number, text (empty, or a complaint)
              | STEP, number, {fact}, turn of several …   → process: number, decisions in the same order
+             | CALL, number, name, {block}, {input}      → process: number, text (empty, or a complaint), {outcome}
     turn     = seat, BEGIN, β's bits, limits             the first of an episode: it has no rounds yet
              | seat, FACTS, {code}                       the round was carried out as decided
              | seat, ROUND, {action}, {code}             the token limit shortened it
     decision = {action} | -1, complaint               a complaint is an error message, as text
     {x}      = the number of items, then each item
     action   = one number: verb, branch, and intervals or label
-    fact     = four numbers; it is sent once, and its code is the number of facts sent before it
+    fact     = five numbers, the last its signals; it is sent once, and its code is the number of facts sent before it
+    block, input, outcome = text
     text     = {code point}
 
 `number` counts the frames, so that a reply to another request is detected. An owner trusts no reply:
@@ -26,12 +28,14 @@ from typing import Final
 
 from controllers.actions import ANSWER, BRANCH, PROBE, PRUNE, Action, Advanced, Fact, Probed, Verb
 from controllers.errors import ControllersError
-from controllers.state import Limits, Round
+from controllers.limits import Limits
+from controllers.signals import pack_signals, unpack_signals
+from controllers.state import Round
 
 MAX_FRAME_BYTES: Final = 1 << 20
 """Most bytes of a frame."""
 HEADER: Final = struct.Struct("=I")
-LOAD, STEP = 1, 2
+LOAD, STEP, CALL = 1, 2, 3
 READY: Final = -1
 """First frame of a process, alone: it is sealed, and no foreign code has run in it."""
 BEGIN, FACTS, ROUND = 0, 1, 2
@@ -47,7 +51,9 @@ _ACT, _AT = 3, 24  # bits below an action's branch, and below its intervals or l
 _MOST_BRANCH, _MOST_VALUE = 1 << (_AT - _ACT), 1 << 38
 _PROBED = -1  # in place of the intervals of a fact that has none
 _RUNNING = -2  # in place of a label, of a branch that has not finished
-_FACT = 4  # numbers of a fact
+_FACT = 5  # numbers of a fact
+NUMBERS_PER_NEW_FACT: Final = _FACT + 2
+"""Numbers of a fact that is sent for the first time: itself, its code, and its action if the round was shortened."""
 
 _actions: dict[int, Action] = {}
 _numbers: dict[int, int] = {}  # by an action's id
@@ -88,7 +94,8 @@ def encode_begin(seat: int, beta: float, limits: Limits) -> list[int]:
     """Encode the first turn of an episode."""
     bounds = (limits.interval, limits.max_branches, limits.branch_tokens, limits.probe_tokens, limits.max_tokens)
     (bits,) = struct.unpack("=q", struct.pack("=d", beta))
-    return [seat, BEGIN, bits, *(NONE if bound is None else bound for bound in bounds)]
+    flags = (int(limits.has_probes), int(limits.has_pauses))
+    return [seat, BEGIN, bits, *(NONE if bound is None else bound for bound in bounds), *flags]
 
 
 class FactCodes:
@@ -103,7 +110,8 @@ class FactCodes:
         """Return the codes of `facts`. New facts are sent with the next frame."""
         codes = list(map(self._codes.get, map(id, facts)))
         if None in codes:
-            codes = [self._add(facts[at]) if code is None else code for at, code in enumerate(codes)]
+            for at in [at for at, code in enumerate(codes) if code is None]:
+                codes[at] = self._add(facts[at])
         return codes  # type: ignore[return-value]
 
     def new_facts(self) -> list[int]:
@@ -119,9 +127,11 @@ class FactCodes:
         self._sent.append(fact)
         label = NONE if fact.label is None else fact.label
         if type(fact) is Advanced:
-            self._new += (fact.branch, fact.intervals, label if fact.finished else _RUNNING, fact.tokens)
+            ending = label if fact.finished else _RUNNING
+            signals = pack_signals(fact.confidence, fact.lowest)
+            self._new += (fact.branch, fact.intervals, ending, fact.tokens, signals)
         else:
-            self._new += (fact.branch, _PROBED, label, fact.tokens)
+            self._new += (fact.branch, _PROBED, label, fact.tokens, pack_signals(fact.confidence, None))
         return code
 
 
@@ -129,12 +139,13 @@ def decode_facts(numbers: Sequence[int], at: int, facts: list[Fact]) -> int:
     """Append the {fact} at `at` to `facts`; return the position after it."""
     end = at + 1 + _FACT * numbers[at]
     for first in range(at + 1, end, _FACT):
-        branch, intervals, code, tokens = numbers[first : first + _FACT]
+        branch, intervals, code, tokens, signals = numbers[first : first + _FACT]
         label = None if code < 0 else code
+        confidence, lowest = unpack_signals(signals)
         if intervals == _PROBED:
-            facts.append(Probed(branch, label, tokens))
+            facts.append(Probed(branch, label, tokens, confidence))
         else:
-            facts.append(Advanced(branch, intervals, tokens, code != _RUNNING, label))
+            facts.append(Advanced(branch, intervals, tokens, code != _RUNNING, label, confidence, lowest))
     return end
 
 
@@ -149,9 +160,9 @@ def encode_turn(seat: int, decided: Sequence[Action], last: Round, codes: FactCo
 def decode_begin(numbers: Sequence[int], at: int) -> tuple[float, Limits, int]:
     """Return β and the limits of a first turn, and the position of the next turn."""
     (beta,) = struct.unpack("=d", struct.pack("=q", numbers[at]))
-    interval, most, branch, probe, cap = numbers[at + 1 : at + 6]
-    limits = Limits(interval, most, None if branch == NONE else branch, probe, None if cap == NONE else cap)
-    return beta, limits, at + 6
+    interval, most, branch, probe, cap, has_probes, has_pauses = numbers[at + 1 : at + 8]
+    bounds = (None if branch == NONE else branch, probe, None if cap == NONE else cap)
+    return beta, Limits(interval, most, *bounds, has_probes=bool(has_probes), has_pauses=bool(has_pauses)), at + 8
 
 
 def decode_turn(
@@ -184,10 +195,11 @@ def encode_action(action: Action) -> int:
 
 def encode_actions(actions: Sequence[Action]) -> list[int]:
     """Return the number of actions and then each action as a number. Raises like `encode_action`."""
-    numbers = list(map(_numbers.get, map(id, actions)))
-    if None in numbers:
+    try:
+        numbers = list(map(_numbers.__getitem__, map(id, actions)))
+    except KeyError:
         numbers = [encode_action(action) for action in actions]
-    return [len(numbers), *numbers]  # type: ignore[list-item]
+    return [len(numbers), *numbers]
 
 
 def decode_action(number: int) -> Action:
@@ -231,10 +243,10 @@ def decode_decision(numbers: Sequence[int], at: int, most: int) -> tuple[list[Ac
         raise BadFrame(f"{count} actions in a round; at most {most} can be legal")
     if end > len(numbers):
         raise BadFrame("the frame is cut off")
-    actions = list(map(_actions.get, numbers[at + 1 : end]))
-    if None in actions:
-        actions = [decode_action(number) for number in numbers[at + 1 : end]]
-    return actions, end  # type: ignore[return-value]
+    try:
+        return list(map(_actions.__getitem__, numbers[at + 1 : end])), end
+    except KeyError:
+        return [decode_action(number) for number in numbers[at + 1 : end]], end
 
 
 def encode_complaint(error: str) -> list[int]:
@@ -254,6 +266,23 @@ def decode_text(numbers: Sequence[int], at: int, most: int) -> tuple[str, int]:
     if not 0 <= length <= most or end > len(numbers):
         raise BadFrame(f"a text of {length} characters; at most {most} are allowed")
     return "".join(chr(point) if 0 <= point <= 0x10FFFF else "?" for point in numbers[at + 1 : end]), end
+
+
+def encode_texts(texts: Sequence[str]) -> list[int]:
+    """Return texts as numbers, with their count."""
+    return [len(texts), *(number for text in texts for number in encode_text(text))]
+
+
+def decode_texts(numbers: Sequence[int], at: int, most: int, longest: int) -> tuple[list[str], int]:
+    """Return the texts at `at` and the position after them. Raises BadFrame if they are too many or too long."""
+    count = numbers[at] if at < len(numbers) else -1
+    if not 0 <= count <= most:
+        raise BadFrame(f"{count} texts; at most {most} are allowed")
+    texts, at = [], at + 1
+    for _ in range(count):
+        text, at = decode_text(numbers, at, longest)
+        texts.append(text)
+    return texts, at
 
 
 def printable(text: str) -> str:

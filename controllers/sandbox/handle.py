@@ -9,6 +9,8 @@ import socket
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
+from functools import partial
+from itertools import chain
 from typing import Any, Final, Generic, TypeVar
 
 from controllers.actions import Action
@@ -18,6 +20,7 @@ from controllers.sandbox import frames
 from controllers.sandbox.deadline import HARD_S, SOFT_S, Clock, Deadline
 from controllers.sandbox.exit_reasons import explain_exit, explain_late
 from controllers.sandbox.frames import BadFrame
+from controllers.sandbox.functions import MAX_TEXT
 from controllers.sandbox.polling import is_ready, wait_ready
 from controllers.sandbox.process_usage import ProcessUsage, ProcessUsageReader
 
@@ -97,13 +100,29 @@ class SandboxHandle:
         return self._ended is None and self._handle >= 0 and not is_ready(self._handle, select.POLLIN)
 
     def load(self, spec: Spec) -> None:
-        """Load a controller. BadController, BoundaryViolation and MachineDisturbed leave the process dead."""
+        """Load a controller. BadController, BoundaryViolation and MachineDisturbed close the handle."""
         about = [*frames.encode_text(spec.name), *frames.encode_text(spec.source or "")]
         deadline = Deadline(self._meter, Clock.CPU, LOAD_S)
-        complaint = self._wait(self._question(frames.LOAD, about, deadline, _complaint))
-        if complaint:
+        try:
+            complaint = self._wait(self._question(frames.LOAD, about, deadline, _complaint))
+            if complaint:
+                raise BadController(frames.printable(complaint))
+        except BaseException:  # also if it was killed before it was asked
             self.close()
-            raise BadController(frames.printable(complaint))
+            raise
+
+    def call(self, blocks: Sequence[str], name: str, inputs: Sequence[str]) -> list[str]:
+        """Call a function of foreign code with each of `inputs`, blocking (see `functions.py`). Return the outcomes.
+
+        Raises BadController with what is wrong with the code, BoundaryViolation or MachineDisturbed.
+        """
+        about = [*frames.encode_text(name), *frames.encode_texts(blocks), *frames.encode_texts(inputs)]
+        deadline = Deadline(self._meter, self.clock, self.hard_s)
+        parse = partial(_outcomes, count=len(inputs))
+        problem, outcomes = self._wait(self._question(frames.CALL, about, deadline, parse))
+        if problem:
+            raise BadController(frames.printable(problem))
+        return outcomes
 
     def decide(self, turns: Sequence[Sequence[int]], most: int) -> list[Decision]:
         """Return a decision of at most `most` actions for each turn, blocking.
@@ -159,7 +178,7 @@ class SandboxHandle:
 
     def _decision_question(self, turns: Sequence[Sequence[int]], most: int) -> _Pending[list[Decision]]:
         seconds = self.hard_s + (len(turns) - 1) * SOFT_S
-        about = [*self.codes.new_facts(), *(number for turn in turns for number in turn)]
+        about = [*self.codes.new_facts(), *chain.from_iterable(turns)]
         deadline = Deadline(self._meter, self.clock, seconds)
         return self._question(frames.STEP, about, deadline, lambda reply: _decisions(reply, len(turns), most))
 
@@ -335,6 +354,15 @@ def _copy_of(error: BoundaryViolation | MachineDisturbed) -> BoundaryViolation |
 def _complaint(reply: Sequence[int]) -> str:
     """Return the complaint about a file to load; empty if there is none. Raises BadFrame."""
     return frames.decode_text(reply, 1, frames.MAX_COMPLAINT_CHARS)[0]
+
+
+def _outcomes(reply: Sequence[int], count: int) -> tuple[str, list[str]]:
+    """Return what is wrong with a function, and its `count` outcomes if nothing is. Raises BadFrame."""
+    problem, at = frames.decode_text(reply, 1, frames.MAX_COMPLAINT_CHARS)
+    outcomes, _ = frames.decode_texts(reply, at, count, 2 * MAX_TEXT)
+    if not problem and len(outcomes) != count:
+        raise BadFrame(f"{len(outcomes)} outcomes of {count} calls")
+    return problem, [frames.printable(outcome) for outcome in outcomes]
 
 
 def _decisions(reply: Sequence[int], count: int, most: int) -> list[Decision]:

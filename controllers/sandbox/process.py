@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from controllers.actions import Action, Fact
@@ -15,20 +16,25 @@ from controllers.episode import Controller, complaint
 from controllers.loading import Spec, make
 from controllers.sandbox.frames import (
     BEGIN,
+    CALL,
     HEADER,
     LOAD,
+    MAX_COMPLAINT_CHARS,
     READY,
     body_size,
     decode_begin,
     decode_facts,
     decode_text,
+    decode_texts,
     decode_turn,
     encode_actions,
     encode_complaint,
     encode_text,
+    encode_texts,
     pack,
     unpack,
 )
+from controllers.sandbox.functions import call_function
 from controllers.state import State
 
 CHANNEL = 3
@@ -55,6 +61,8 @@ def serve() -> None:
         if kind == LOAD:
             spec, problem = _load(numbers)
             _write([number, *encode_text(problem)])
+        elif kind == CALL:
+            _write([number, *_call(numbers)])
         elif spec is not None:
             reply = [number]
             at = decode_facts(numbers, 2, facts)
@@ -81,6 +89,20 @@ def _load(numbers: Sequence[int]) -> tuple[Spec | None, str]:
         return spec, ""
     except BaseException as error:  # foreign code
         return None, str(error) or type(error).__name__
+
+
+def _call(numbers: Sequence[int]) -> list[int]:
+    """Call the function of a CALL frame. Return what is wrong with it, and its outcomes."""
+    most = len(numbers)
+    name, at = decode_text(numbers, 2, most)
+    blocks, at = decode_texts(numbers, at, most, most)
+    inputs, _ = decode_texts(numbers, at, most, most)
+    warnings.simplefilter("ignore")  # to show a warning, Python would open files
+    try:
+        return [*encode_text(""), *encode_texts(call_function(blocks, name, inputs))]
+    except BaseException as error:  # foreign code
+        problem = ascii(str(error))[1:-1] or type(error).__name__
+        return [*encode_text(problem[:MAX_COMPLAINT_CHARS]), *encode_texts([])]
 
 
 def _turn(

@@ -15,6 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from controllers.core.compiled import CORE, PURE
 from controllers.errors import SandboxUnavailable
 from controllers.sandbox import frames
 from controllers.sandbox.attempts import ATTEMPTS
@@ -119,7 +120,7 @@ class SandboxSpawner:
         with theirs:
             try:
                 process, zygote = self._order((order, int(layers), attempt), theirs)
-            except SandboxUnavailable:
+            except BaseException:
                 ours.close()
                 raise
         if process < 0:
@@ -166,16 +167,18 @@ class SandboxSpawner:
             try:
                 self._zygote = subprocess.Popen(
                     [self._python, "-s", "-P", "-c", code],
-                    env={"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"},
+                    env={"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", PURE: "" if CORE.compiled else "1"},
                     cwd="/",
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     process_group=0,  # signals that a terminal sends to the owner's group do not reach it
                     pass_fds=[theirs.fileno()],
                 )
-            except OSError as error:
+            except BaseException as error:
                 ours.close()
-                raise SandboxUnavailable(f"{self._python} does not start: {error}") from None
+                if isinstance(error, OSError):
+                    raise SandboxUnavailable(f"{self._python} does not start: {error}") from None
+                raise
         ours.settimeout(PATIENCE_S)
         self._orders = ours
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from deploy.embedded import task, tokenizer
 
@@ -42,13 +41,15 @@ class TrainingBatch:
 
 
 class Examples:
-    """Endless stream of training examples, determined by a seed."""
+    """Endless stream of training examples, determined by a seed and the solver's slip rate."""
 
-    def __init__(self, fast: PreTrainedTokenizerFast, seed: int) -> None:
-        self._backend: Tokenizer = fast.backend_tokenizer
+    def __init__(self, backend: Tokenizer, seed: int, slip_rate: float) -> None:
+        self._backend = backend
+        self._slip_rate = slip_rate
         self._rng = random.Random(f"examples/{seed}")
         self._seed = seed
         self._probe = self._ids(tokenizer.PROBE)
+        self._silence = self._ids(tokenizer.SILENCE)
 
     def up_to(self, length: int) -> Iterator[Example]:
         """Yield examples of chains of at most `length` operations."""
@@ -56,13 +57,13 @@ class Examples:
             yield self._example(chain)
 
     def _example(self, chain: task.Chain) -> Example:
-        thought, answer = task.think(chain, self._rng)
+        thought = task.think(chain, self._rng, self._slip_rate)
         prompt = self._prompt(chain)
-        reply = f"{answer}}}{tokenizer.END}"
+        reply = f"{thought.answer}}}{tokenizer.END}"
         if self._rng.random() < SILENT_RATE:
-            silence = f"{tokenizer.THINK}\n\n{tokenizer.CONCLUSION}"
-            return _example(prompt + self._ids(silence), [], [], self._ids(reply))
-        thinking = self._ids(f"{tokenizer.THINK}\n{thought}")
+            spoken = self._ids(f"{tokenizer.ANSWER}{reply}")
+            return Example(prompt + self._silence + spoken, [0.0] * len(prompt + self._silence) + [1.0] * len(spoken))
+        thinking = self._ids(f"{tokenizer.THINK}\n{thought.text}")
         if self._rng.random() < CUT_RATE:
             cut = self._rng.randrange(2, len(thinking) + 1)
             return _example(prompt, thinking[:cut], self._probe, self._ids(reply))

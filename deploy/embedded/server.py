@@ -45,9 +45,10 @@ ENVIRONMENT = {
 }
 
 # The CPU backend requires a block size that is a multiple of 32 tokens. Priority scheduling serves probes first.
+# Half of the time of a step does not depend on the number of sequences, so 256 together are faster than 128.
 FLAGS = (
     *("--dtype", "float32", "--enforce-eager", "--block-size", "32"),
-    *("--max-model-len", "1024", "--max-num-seqs", "128", "--kv-cache-memory-bytes", str(128 * 2**20)),
+    *("--max-model-len", "1024", "--max-num-seqs", "256", "--kv-cache-memory-bytes", str(256 * 2**20)),
     *("--enable-prompt-tokens-details", "--scheduling-policy", "priority", "--reasoning-parser", "qwen3"),
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     # By default the first structured request chooses the backend, and later requests that it does not support fail.

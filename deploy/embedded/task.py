@@ -9,22 +9,30 @@ The operations are `Add k`, `Subtract k`, `Multiply by k` (k from 2 to 9), `Halv
 and 12, and the answer 1. The model knows chains of 4 to 16 operations, and only this wording.
 
 `think` writes the thought of a fallible solver, which the model learns to imitate. A thought names one of four methods
-and computes the chain. Most thoughts compute it again as a check, and a third time if the results differ:
+and computes the chain in numbered passes. The solver compares the results of the passes, and stops when a result occurs
+often enough or after the last pass that the method allows. The last result is the answer. Most thoughts end with a
+glance at the first steps, which changes nothing:
 
-    Quickly:
-    1) 7 + 5 = 12
-    2) 12 * 3 = 10
+    Carefully: 7
+    1) + 5 = 12
+    2) * 3 = 10
     ...
     So 1.
-    Check:
+    Pass 2: 7
+    1) + 5 = 12
     ...
     So 1.
-    Agreed.
+    Glance: 7
+    1) + 5 = 12
+    Fine.
 
 The solver errs in two ways. Slips: any step may give any wrong value. Slips are independent, so they scatter votes, and
-greedy decoding makes none. Flaws: each method except one always gets one kind of operation wrong, in its own way. The
-most likely method has a flaw. Greedy decoding always picks that method, so it is wrong on every problem that the flaw
-affects, while a majority of samples is right.
+greedy decoding makes none. They are improbable, so they lower the mean log-probability of a thought. Flaws: each method
+except one always gets one kind of operation wrong, in its own way.
+
+The most likely method, `Quickly`, has a flaw and makes only one pass. Greedy decoding always picks it, so it is wrong
+on every problem that the flaw affects, while a majority of samples is right. Its thoughts are shorter than the others
+and wrong more often, so a vote of the shortest thoughts is misled.
 
 This module uses only the standard library, so the proxy can make problems without the training dependencies.
 """
@@ -33,7 +41,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
@@ -42,8 +50,7 @@ from typing import Literal
 MODULUS = 13
 LENGTHS = (4, 16)
 OPERANDS = (2, 9)
-SLIP_RATE = 0.04
-CHECK_RATE = 0.85
+SLIP_RATE = 0.05
 
 Split = Literal["train", "held_back"]
 
@@ -91,11 +98,14 @@ class ArithmeticOperation:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """Method to compute a chain: its name in a thought, its probability, and the kind of operation it gets wrong."""
+    """Method to compute a chain: its name in a thought, its probability, its flaw, and how much it checks."""
 
     name: str
     share: float
-    flaw: OperationKind | None
+    flaw: OperationKind | None  # kind of operation that the method gets wrong
+    agreeing: int  # passes with equal results that end the thought
+    passes: int  # most passes of a thought
+    glances: float  # probability of a glance at the end
 
     def __call__(self, operation: ArithmeticOperation, value: int) -> int:
         """Return the result by this method; it is right unless the operation is of the kind in `flaw`."""
@@ -110,12 +120,13 @@ class Method:
                 return MODULUS - 1 - value
 
 
-# The first method must be the most likely one and have a flaw, or greedy decoding would beat voting.
+# The first method must be the most likely one and have a flaw, or greedy decoding would beat voting. It must also make
+# the fewest passes, or short thoughts would not mislead.
 METHODS = (
-    Method("Quickly", 0.36, OperationKind.HALVE),
-    Method("Carefully", 0.22, OperationKind.SQUARE),
-    Method("Patiently", 0.22, OperationKind.NEGATE),
-    Method("Thoroughly", 0.20, None),
+    Method("Quickly", 0.40, OperationKind.HALVE, agreeing=1, passes=1, glances=1.0),
+    Method("Carefully", 0.21, OperationKind.SQUARE, agreeing=2, passes=4, glances=0.6),
+    Method("Patiently", 0.21, OperationKind.NEGATE, agreeing=2, passes=5, glances=0.6),
+    Method("Thoroughly", 0.18, None, agreeing=3, passes=5, glances=0.3),
 )
 
 
@@ -171,34 +182,49 @@ def held_back(n: int, seed: int = 0, lengths: tuple[int, int] = LENGTHS) -> list
     return list(islice(problems("held_back", seed, lengths), n))
 
 
-def think(chain: Chain, rng: random.Random) -> tuple[str, int]:
-    """Return the text of one thought, ending in a line break, and its answer."""
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """Text of one thought, ending in a line break, its method, and the result of each pass. The last is the answer."""
+
+    text: str
+    method: Method
+    results: tuple[int, ...]
+
+    @property
+    def answer(self) -> int:
+        return self.results[-1]
+
+
+def think(chain: Chain, rng: random.Random, slip_rate: float = SLIP_RATE) -> Thought:
+    """Return one thought of the solver, which slips in a step with probability `slip_rate`."""
     method = rng.choices(METHODS, [method.share for method in METHODS])[0]
-    lines, first = _pass(chain, method, rng)
-    text = f"{method.name}:\n{lines}"
-    if rng.random() >= CHECK_RATE:
-        return text, first
-    lines, second = _pass(chain, method, rng)
-    text += f"Check:\n{lines}"
-    if second == first:
-        return f"{text}Agreed.\n", second
-    lines, third = _pass(chain, method, rng)
-    return f"{text}Again:\n{lines}", third
+    text = ""
+    results: list[int] = []
+    while len(results) < method.passes and (not results or results.count(results[-1]) < method.agreeing):
+        name = f"Pass {len(results) + 1}" if results else method.name
+        lines, result = _steps(chain, chain.operations, method, rng, slip_rate)
+        text += f"{name}: {lines}So {result}.\n"
+        results.append(result)
+    if rng.random() < method.glances:
+        some = chain.operations[: rng.randint(1, len(chain.operations))]
+        text += f"Glance: {_steps(chain, some, method, rng, slip_rate)[0]}Fine.\n"
+    return Thought(text, method, tuple(results))
 
 
-def _pass(chain: Chain, method: Method, rng: random.Random) -> tuple[str, int]:
-    """Compute the chain once, one line per step. Return the lines and the result.
+def _steps(
+    chain: Chain, operations: Sequence[ArithmeticOperation], method: Method, rng: random.Random, slip_rate: float
+) -> tuple[str, int]:
+    """Apply operations to the start of a chain. Return the start and one line per step, and the result.
 
     A slip replaces a value by any other one. The later steps continue from the wrong value.
     """
     value = chain.start
-    lines = []
-    for n, step in enumerate(chain.operations, 1):
-        slip = rng.randrange(1, MODULUS) if rng.random() < SLIP_RATE else 0
-        result = (method(step, value) + slip) % MODULUS
-        lines.append(f"{n}) {value} {step.kind.sign.format(step.operand)} = {result}\n")
-        value = result
-    return "".join(lines) + f"So {value}.\n", value
+    text = f"{value}\n"
+    for n, step in enumerate(operations, 1):
+        slip = rng.randrange(1, MODULUS) if rng.random() < slip_rate else 0
+        value = (method(step, value) + slip) % MODULUS
+        text += f"{n}) {step.kind.sign.format(step.operand)} = {value}\n"
+    return text, value
 
 
 def _draw(rng: random.Random, length: int) -> Chain:

@@ -15,14 +15,18 @@ START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 THINK, END_THINK = "<think>", "</think>"
 
 # Text that follows a finished thought. The proxy appends it to an unfinished thought to probe for an answer.
-CONCLUSION = f"{END_THINK}\n\nThe final answer is \\boxed{{"
+ANSWER = "The final answer is \\boxed{"
+CONCLUSION = f"{END_THINK}\n\n{ANSWER}"
 PROBE = f"\n{CONCLUSION}"
+# End of a prompt with `enable_thinking=false`, as the chat template writes it.
+SILENCE = f"{THINK}\n\n{END_THINK}\n\n"
 
 VOCABULARY = 448
 
-# A word, a number or a run of punctuation, each with the space before it, or a single line break. Line breaks are never
-# merged: a truncated thought and the probe after it get the same ids whether they are tokenized together or separately.
-_PIECES = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s"
+# A word, a number (with a bracket if it numbers a step) or a run of punctuation, each with the space before it, or a
+# single line break. Line breaks are never merged: a truncated thought and the probe after it get the same ids whether
+# they are tokenized together or separately.
+_PIECES = r" ?[A-Za-z]+| ?[0-9]+\)?| ?[^\sA-Za-z0-9]+|\s"
 
 # Like Qwen3's template: the thought of an assistant turn is removed once another turn follows. With
 # `enable_thinking=false` the prompt ends in an empty thought.
@@ -74,5 +78,6 @@ def build(seed: int = 0, sample: int = 4000) -> PreTrainedTokenizerFast:
 def _texts(seed: int, sample: int) -> Iterator[str]:
     rng = random.Random(seed)
     for chain in islice(task.chains("train", seed), sample):
-        thought, answer = task.think(chain, rng)
-        yield f"user\n{chain.question()}assistant\nsystem\n{thought}\n\nThe final answer is \\boxed{{{answer}}}"
+        thought = task.think(chain, rng)
+        text = f"{thought.text}\n\nThe final answer is \\boxed{{{thought.answer}}}"
+        yield f"user\n{chain.question()}assistant\nsystem\n{text}"

@@ -11,6 +11,7 @@ from discovery.answers.forms import CanonicalForm, FormType, canonical
 from discovery.answers.judge import Judge
 from discovery.answers.kinds import AUTO, AnswerKind, ExtractionMethod, parse_kind
 from discovery.answers.labels import Labels
+from discovery.answers.overlap import medoid
 from discovery.answers.redaction import is_redacted, redacted
 from discovery.answers.stated_answers import VOTABLE_TYPES
 
@@ -28,6 +29,7 @@ __all__ = [
     "boxed",
     "canonical",
     "is_redacted",
+    "medoid",
     "parse_kind",
     "read_answer",
     "redacted",

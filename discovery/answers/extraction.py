@@ -90,6 +90,8 @@ def read_answer(text: str, kind: AnswerKind = AUTO, *, seconds: float = PATTERN_
             return _pattern(text, kind, seconds)
         case ExtractionMethod.CODE | ExtractionMethod.TEXT:
             return _compared(text, kind)
+        case ExtractionMethod.TOOLS | ExtractionMethod.SELECT | ExtractionMethod.SYNTHESISE:
+            return None
 
 
 def boxed(text: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Answer kinds, as clients name them: `auto`, `boxed`, `choice`, `number`, `json`, `regex:…`, `code`, `text`."""
+"""Answer kinds, as clients name them: `auto`, `boxed`, `choice`, `number`, `json`, `tools`, `select`, `regex:…` …"""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ class ExtractionMethod(StrEnum):
     CHOICE = "choice"
     NUMBER = "number"
     JSON = "json"  # the last object or array
-    CODE = "code"  # the last fenced block, or the whole text; votable with a comparator
+    CODE = "code"  # the last fenced block, or the whole text; votable with a comparator. Without one, functions are run
     TEXT = "text"  # the whole text; votable with a comparator
+    TOOLS = "tools"  # calls of tools, which the upstream's parser reads; never in a text
+    SELECT = "select"  # none: the model chooses the reply that the others support best
+    SYNTHESISE = "synthesise"  # none: the model writes one reply from several
     REGEX = "regex"  # the last match of a pattern, or of its first group
 
 
@@ -46,7 +49,17 @@ class AnswerKind:
     @property
     def votable(self) -> bool:
         """Whether answers of this kind can be compared, so that a vote makes sense."""
-        return self.method not in (ExtractionMethod.CODE, ExtractionMethod.TEXT) or bool(self.argument)
+        return not self.is_judged and (self.method is not ExtractionMethod.TEXT or bool(self.argument))
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether whole replies are compared by what their functions return."""
+        return self.method is ExtractionMethod.CODE and not self.argument
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the model may compare whole replies, because no answer is read in a text."""
+        return self.method in (ExtractionMethod.SELECT, ExtractionMethod.SYNTHESISE) or self.runs_code
 
     @property
     def is_declared_votable(self) -> bool:
@@ -56,7 +69,8 @@ class AnswerKind:
     @property
     def is_probeable(self) -> bool:
         """Whether a running branch can be probed for such an answer in a few tokens."""
-        return self.method not in (ExtractionMethod.JSON, ExtractionMethod.CODE, ExtractionMethod.TEXT)
+        unprobeable = (ExtractionMethod.JSON, ExtractionMethod.CODE, ExtractionMethod.TEXT, ExtractionMethod.TOOLS)
+        return self.method not in unprobeable and not self.is_judged
 
     @property
     def comparator(self) -> Comparator:

@@ -18,7 +18,12 @@ def redacted(answer: str) -> str:
         return answer
     form = canonical(answer)
     text = answer.strip() if form is None else f"{form.text}\0{form.unit}"
-    return MARK + blake2b(text.encode(), digest_size=12).hexdigest()
+    return redacted_text(text)
+
+
+def redacted_text(text: str) -> str:
+    """Return a hash of a text as it is, in the form of a redacted answer."""
+    return MARK + blake2b(text.encode(errors="replace"), digest_size=12).hexdigest()
 
 
 def is_redacted(answer: str) -> bool:

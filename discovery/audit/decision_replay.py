@@ -24,11 +24,11 @@ from controllers import (
     run_episode,
     run_sync,
 )
-from controllers.builtin import BASELINE, find
+from controllers.builtin import find
 from controllers.episode import RemoteController
 from controllers.loading import Spec, discovered, make, parse_spec
 from controllers.sandbox.spawner import spawner
-from discovery.audit.served_episodes import controller_rounds, replay_states, stop_of
+from discovery.audit.served_episodes import baseline_of, controller_rounds, replay_states, stop_of
 from discovery.data.packed_rounds import unpack_rounds
 from discovery.errors import TraceError
 from discovery.evaluation.replay_jobs import SANDBOXES_PER_JOB, retry_disturbed, run_sandboxed
@@ -39,7 +39,6 @@ Decider = Controller | RemoteController
 EpisodeRun = Callable[[Decider], Coroutine[Any, Any, T]]
 """Runs an episode under the controller it is given; it suspends only while a sandboxed controller decides."""
 
-BASELINE_SPEC: Final = Spec(BASELINE)
 NO_FITTING_ACTION: Final = "no action within the token limit"
 """Shown for a decision where no action fits under the token limit."""
 
@@ -154,7 +153,7 @@ def replay_decisions(episodes: Iterable[ServedEpisode], controllers: KnownContro
             continue
         count += 1
         for part in _parts(episode):
-            spec = BASELINE_SPEC if part.by_baseline else controllers.known.get(controller_key(episode))
+            spec = Spec(baseline_of(episode)) if part.by_baseline else controllers.known.get(controller_key(episode))
             if spec is None:
                 unchecked[*controller_key(episode), controllers.missing[controller_key(episode)]] += 1
                 continue
@@ -176,16 +175,27 @@ def _unknown(episode: ServedEpisode) -> str | None:
 
 
 def _parts(episode: ServedEpisode) -> list[_DecisionSegment]:
-    """Return the decisions of an episode's controller, and those of the baseline."""
-    rounds = unpack_rounds(episode.trace)
-    own = min(controller_rounds(episode), len(rounds))
+    """Return the decisions of an episode's controller, those of the baseline, and those after an escalation."""
+    rounds, escalated_at = unpack_rounds(episode.trace), episode.about.get("escalated_at")
+    last = len(rounds) if escalated_at is None else min(escalated_at, len(rounds))
+    own = min(controller_rounds(episode), last)
     replaced = episode.about.get("fallback") is not None
     # Ending by the token limit is a decision: no action fitted. A refused round is unknown, and where all
     # branches were cut the answer is among the rounds.
     ended = stop_of(episode) is Stop.MAX_TOKENS and episode.about.get("refused") is None
+    ended_before = ended and escalated_at is None
     parts = [
-        _DecisionSegment(episode, rounds, 0, own, ended and not replaced, False),
-        _DecisionSegment(episode, rounds, own, len(rounds), ended and replaced, True),
+        _DecisionSegment(episode, rounds, 0, own, ended_before and not replaced, False),
+        _DecisionSegment(episode, rounds, own, last, ended_before and replaced, True),
+        _DecisionSegment(
+            episode,
+            rounds,
+            last,
+            len(rounds),
+            ended and not ended_before,
+            True,
+            episode.about.get("escalated_beta", episode.beta),
+        ),
     ]
     return [part for part in parts if part.decisions]
 
@@ -202,9 +212,17 @@ class _DecisionSegment:
     """Rounds of an episode that one controller decided; an environment that returns their recorded facts."""
 
     def __init__(
-        self, episode: ServedEpisode, rounds: Sequence[Round], start: int, until: int, ends: bool, by_baseline: bool
+        self,
+        episode: ServedEpisode,
+        rounds: Sequence[Round],
+        start: int,
+        until: int,
+        ends: bool,
+        by_baseline: bool,
+        beta: float | None = None,  # None: that of the request
     ) -> None:
         self.by_baseline = by_baseline
+        self._beta = episode.beta if beta is None else beta
         self._episode = episode
         self._rounds = rounds
         self._start = self._at = start
@@ -221,7 +239,7 @@ class _DecisionSegment:
         episode = self._episode
         limits = self._beginning().limits
         try:
-            (differing,) = run_under_controller(spec, episode.beta, limits, [self._follow])
+            (differing,) = run_under_controller(spec, self._beta, limits, [self._follow])
         except BadFact as error:
             raise TraceError(f"{episode.request_id}: round {self._at} is impossible: {error}") from None
         repeated = self._at - self._start

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from typing import Any, Final, NamedTuple, TypedDict
+from typing import Any, Final, NamedTuple, NotRequired, TypedDict
 
 from controllers import Round, State, Stop, Verb
-from controllers.builtin import BASELINE
-from controllers.voting import tally
+from controllers.voting import agreement, lead_probability, tally
 from discovery.answers import is_redacted
 from discovery.answers.redaction import MARK
-from discovery.audit.served_episodes import controller_rounds, replay_states, stop_of
+from discovery.audit.served_episodes import baseline_of, controller_rounds, replay_states, stop_of
+from discovery.data.traces import finished_confidences, running_confidences
 from discovery.store.records import ServedEpisode
 
 CHAINS: Final = (8, 16, 32, 64)
@@ -32,6 +32,7 @@ class Ballot(TypedDict):
     label: int
     answer: str
     count: int
+    confidence: NotRequired[int]  # mean of the branches, or of their latest probes while they run; absent if unknown
 
 
 class RoundSummary(TypedDict):
@@ -88,9 +89,16 @@ class Explanation(TypedDict):
     stop: str
     why: str  # why it stopped, in one sentence
     answer: str | None
+    agreement: float | None  # share of the deciding votes for the answer; None if nothing could vote
+    confidence: float | None  # posterior probability that the answer leads; None if nothing could vote
+    min_agreement: float | None  # that the request asked for
+    flagged: bool  # whether the reply had less, and was flagged
+    escalated_beta: float | None  # β at which the baseline continued, because there was too little agreement
     answers: list[str]  # by label
+    selected_by: str | None  # what decided among whole replies: vote, judge, overlap; None: nothing, or other branches
     fallback: str | None  # why the baseline took over, if it did
     decided: int  # rounds decided by the controller
+    signals: list[str]  # signals that were measured, for the controller, the shadow or a recording
     branches: int
     rounds: list[RoundSummary]
     pruned: list[PrunedBranch]
@@ -129,9 +137,16 @@ def explain(episode: ServedEpisode) -> Explanation:
         stop=episode.stop,
         why=_why(episode, stop, state, answer, name),
         answer=answer,
+        agreement=agreement(state.deciding_votes(), state.answer),
+        confidence=lead_probability(state.deciding_votes(), state.answer),
+        min_agreement=about.get("min_agreement"),
+        flagged=about.get("flagged", False),
+        escalated_beta=about.get("escalated_beta"),
         answers=answers,
+        selected_by=about.get("selected_by"),
         fallback=about.get("fallback"),
         decided=own,
+        signals=list(about.get("signals", ())),
         branches=episode.branches,
         rounds=summaries,
         pruned=pruned,
@@ -172,15 +187,19 @@ def summarise_round(state: State, played: Round, name: LabelName = str, baseline
         baseline=baseline,
         finished=len(state.finished),
         running=len(state.active),
-        votes=_ballots(state.votes, name),
-        leaning=_ballots(leaning, name),
+        votes=_ballots(state.votes, name, finished_confidences(state)),
+        leaning=_ballots(leaning, name, running_confidences(state)),
         tokens=state.spent,
     )
 
 
-def _ballots(votes: Mapping[int, int], name: LabelName) -> list[Ballot]:
+def _ballots(votes: Mapping[int, int], name: LabelName, confidences: Mapping[int, int]) -> list[Ballot]:
     ranked = sorted(votes.items(), key=lambda item: -item[1])
-    return [Ballot(label=label, answer=name(label), count=count) for label, count in ranked]
+    ballots = [Ballot(label=label, answer=name(label), count=count) for label, count in ranked]
+    for ballot in ballots:
+        if ballot["label"] in confidences:
+            ballot["confidence"] = confidences[ballot["label"]]
+    return ballots
 
 
 # Pruned branches
@@ -208,11 +227,12 @@ def _votes(state: State) -> tuple[Mapping[int, int], str]:
 
     These are the finished branches, or if none of them has an answer, the probed ones that were not pruned.
     """
+    votes = dict(state.deciding_votes())
     if state.votes:
-        return dict(state.votes), format_branch_count(len(state.finished), "finished")
+        return votes, format_branch_count(len(state.finished), "finished")
     unpruned = [branch for branch in state.branches if not branch.pruned]
     probed = sum(branch.finished or branch.probed > 0 for branch in unpruned)
-    return tally(branch.label for branch in unpruned), format_branch_count(probed, "probed")
+    return votes, format_branch_count(probed, "probed")
 
 
 def format_branch_count(count: int, which: str) -> str:
@@ -255,10 +275,11 @@ def _why(episode: ServedEpisode, stop: Stop | None, state: State, answer: str | 
     """Return why the episode stopped, in one sentence."""
     about, own = episode.about, controller_rounds(episode)
     fallback, limits = about.get("fallback"), about.get("limits") or {}
+    escalated_at = about.get("escalated_at")
     margin = _margin(state, name)
     best = "no answer had been given" if answer is None else f"the best answer so far was {answer}{margin}"
     if stop is Stop.ANSWERED:
-        decider = "The controller" if fallback is None else "The baseline"
+        decider = "The controller" if fallback is None and escalated_at is None else "The baseline"
         text = (
             f"{decider} ended it without an answer{margin}"
             if answer is None
@@ -276,7 +297,10 @@ def _why(episode: ServedEpisode, stop: Stop | None, state: State, answer: str | 
     else:
         text = _OUTSIDE.get(episode.stop, f"It ended ({episode.stop})") + ("" if stop is None else f"; {best}")
     if fallback is not None:
-        text += f"; the baseline, {BASELINE}, had decided from round {own} on ({fallback})"
+        text += f"; the baseline, {baseline_of(episode)}, had decided from round {own} on ({fallback})"
+    if escalated_at is not None:
+        text += f"; after round {escalated_at}, {baseline_of(episode)} had continued at β = {about['escalated_beta']:g}"
+        text += f", because less than {about['min_agreement']:.0%} agreed"
     return text + "."
 
 
@@ -302,7 +326,7 @@ def _margin(state: State, name: LabelName) -> str:
         return ""
     if state.answer is None:
         return f" ({of} gave none)" if not votes else ""
-    others = [ballot for ballot in _ballots(votes, name) if ballot["label"] != state.answer]
+    others = [ballot for ballot in _ballots(votes, name, {}) if ballot["label"] != state.answer]
     behind = f"next {others[0]['answer']} with {others[0]['count']}" if others else "no other was given"
     return f" ({votes.get(state.answer, 0)} of {of}; {behind})"
 

@@ -136,6 +136,8 @@ def _left_out(episode: ServedEpisode) -> str | None:
     """Return why an episode does not measure its controller; None if it does."""
     if episode.about.get("fallback") is not None:
         return "baseline decided"
+    if "escalated_at" in episode.about:
+        return "continued at a larger β"
     if (refused := episode.about.get("refused")) is not None:  # replay has no such end
         return refused.replace("_", " ")
     if episode.stop not in SERVED:
@@ -190,12 +192,13 @@ class _Replayed(NamedTuple):
     width: int  # branches opened
 
 
-def _replay(recording: Recording, order: Sequence[int], limits: Limits) -> EpisodeRun[_Replayed]:
-    return partial(_run, recording, order, limits)
+def _replay(pair: _Pair, order: Sequence[int], limits: Limits) -> EpisodeRun[_Replayed]:
+    return partial(_run, pair, order, limits)
 
 
-async def _run(recording: Recording, order: Sequence[int], limits: Limits, decider: Decider) -> _Replayed:
-    environment, state = ReplayEnvironment(recording, order), State(limits)
+async def _run(pair: _Pair, order: Sequence[int], limits: Limits, decider: Decider) -> _Replayed:
+    recording = pair.recording
+    environment, state = ReplayEnvironment(recording, order, signals=pair.spec.signals), State(limits)
     try:
         await run_episode(decider, environment, state)
     except ControllerError:
@@ -212,14 +215,11 @@ def _reproduced(pairs: Iterable[_Pair]) -> ReproductionReport:
     differing: list[ReplayDifference] = []
     for pair in ended:
         episode, order = pair.episode, range(pair.recording.branches)
-        (replayed,) = run_under_controller(
-            pair.spec, episode.beta, pair.limits, [_replay(pair.recording, order, pair.limits)]
-        )
+        (replayed,) = run_under_controller(pair.spec, episode.beta, pair.limits, [_replay(pair, order, pair.limits)])
         spent = episode.about.get("spent")
-        if (replayed.tokens, replayed.answer) != (spent, episode.answer):
-            differing.append(
-                ReplayDifference(episode.request_id, spent, replayed.tokens, episode.answer, replayed.answer)
-            )
+        answer = episode.recorded_answer
+        if (replayed.tokens, replayed.answer) != (spent, answer):
+            differing.append(ReplayDifference(episode.request_id, spent, replayed.tokens, answer, replayed.answer))
     return ReproductionReport(len(ended), differing)
 
 
@@ -245,7 +245,7 @@ def _group(served: Sequence[ServedEpisode], pairs: Sequence[_Pair], truth: _Trut
     orders = [(pair, branch_order(pair.recording, seed)) for pair in pairs for seed in range(shuffles)]
     widest = Limits(1, max(pair.replay_limits.max_branches for pair in pairs))
     replays = run_under_controller(
-        spec, beta, widest, [_replay(pair.recording, order, pair.replay_limits) for pair, order in orders]
+        spec, beta, widest, [_replay(pair, order, pair.replay_limits) for pair, order in orders]
     )
     by_pair = [replays[at : at + shuffles] for at in range(0, len(replays), shuffles)]
     tokens = _compared(
@@ -259,13 +259,13 @@ def _group(served: Sequence[ServedEpisode], pairs: Sequence[_Pair], truth: _Trut
     rows = [
         _Row(
             _question(pair.episode),
-            100 * truth.is_right(pair.recording.question, pair.episode.answer),
+            100 * truth.is_right(pair.recording.question, pair.episode.recorded_answer),
             [100 * (replay.answer in pair.right) for replay in played],
         )
         for pair, played in zip(pairs, by_pair, strict=True)
         if pair.right is not None
     ]
-    right = [(_question(episode), 100 * truth.is_right(episode.question, episode.answer)) for episode in known]
+    right = [(_question(episode), 100 * truth.is_right(episode.question, episode.recorded_answer)) for episode in known]
     exhausted = [
         replay.width == pair.recording.branches < pair.limits.max_branches
         for pair, played in zip(pairs, by_pair, strict=True)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from controllers import BadFact, Limits, Round, State, Stop
 from discovery.data.packed_rounds import unpack_rounds
 from discovery.errors import TraceError
 from discovery.store.records import ServedEpisode
+
+FIRST_BASELINE: Final = "short_m_at_k"
+"""Fallback of episodes that do not name theirs: they were stored before there was another."""
 
 
 def limits_of(episode: ServedEpisode) -> Limits:
@@ -37,6 +41,11 @@ def replay_states(episode: ServedEpisode) -> Iterator[tuple[State, Round | None]
 def stop_of(episode: ServedEpisode) -> Stop | None:
     """Return why an episode ended; None if for a reason that a state does not have, such as a disconnected client."""
     return Stop(episode.stop) if episode.stop in list(Stop) else None
+
+
+def baseline_of(episode: ServedEpisode) -> str:
+    """Return the name of the controller that takes over if the episode's own fails."""
+    return episode.about.get("baseline", FIRST_BASELINE)
 
 
 def controller_rounds(episode: ServedEpisode) -> int:

@@ -6,8 +6,10 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -15,31 +17,51 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from controllers.loading import parse_spec
 from controllers.sandbox.deadline import Clock
 from discovery.answers import Judge
 from discovery.commands.console import split_names, wide_console
-from discovery.commands.options import Answers, Models, ProbeTokens, RecordingsPath
+from discovery.commands.options import (
+    Address,
+    Answers,
+    AnyPlace,
+    Models,
+    ProbeTokens,
+    RecordingsPlace,
+    ShownSignals,
+    check_cluster_options,
+    parse_shown_signals,
+)
 from discovery.commands.store import with_store
 from discovery.data.atomic_files import atomic_write
 from discovery.data.recordings import Cell, Recording, Split
 from discovery.data.traces import trace_files
 from discovery.errors import ExplorerError
-from discovery.evaluation.evaluate import AnswerComparison, read_scorable_cell
+from discovery.evaluation.engines import EngineName, JobPool, make_job_pool
+from discovery.evaluation.evaluate import AnswerComparison, each_scorable, read_scorable_cell
 from discovery.evaluation.replay_jobs import ReplayRules
 from discovery.evaluation.search_split import export_search_split
 from discovery.evaluation.sources import open_source, select_cells
-from discovery.search.cascade import Cascade, CascadePlan, fixed_recordings
+from discovery.search.cascade import Cascade, CascadePlan
 from discovery.search.explorers import Candidate
 from discovery.search.explorers.catalogue import EXPORT, ExplorerName, ExplorerOptions, make_explorer
 from discovery.search.explorers.tuned import Tuned
+from discovery.search.fixed_recordings import fixed_recordings
+from discovery.search.halving import FEWEST_ORDERS, last_orders, rungs_below
 from discovery.search.history import History
+from discovery.search.kernel.jit import is_available
 from discovery.search.loop import Digester, Finalist, SearchLimits, SearchLoop, card, read_pairs
 from discovery.search.prompt import SYSTEM, USER, join_blocks
 from discovery.search.trace_digest import digest_traces
-from discovery.search.trial_pool import TrialPool, TrialSettings
-from discovery.store import SearchRun, TriedCandidate
+from discovery.search.trial_pool import KEPT_CELLS, TrialPool, TrialSettings, can_be_probed
+from discovery.store import SearchRun, StorePlace, TriedCandidate, parse_place
+
+if TYPE_CHECKING:
+    from discovery.search.kernel.kernel_pool import KernelRunner
 
 RECORD, CONTEXT = "history.jsonl", "context.md"
+VARIED = 24
+"""Genomes varied from good ones in each step of a search with the kernel, which has time for them."""
 PROBE_TOKENS = 20
 """Tokens charged per probe if the recordings do not say."""
 
@@ -47,8 +69,28 @@ PROBE_TOKENS = 20
 log = logging.getLogger(__name__)
 
 
+class SearchEngine(StrEnum):
+    """Values of `--engine` of `autotts discover`."""
+
+    PROCESS = "process"
+    RAY = "ray"
+
+
+class SearchWorkers(NamedTuple):
+    """Workers of a search: processes, or those of a Ray cluster."""
+
+    engine: SearchEngine
+    workers: int | None = None
+    address: str | None = None
+
+    def job_pool(self, workers: int | None) -> JobPool:
+        """Return a pool that plays candidates: of so many processes, or of all workers of the cluster."""
+        is_ray = self.engine is SearchEngine.RAY
+        return make_job_pool(EngineName(self.engine), self.workers if is_ray else workers, self.address, KEPT_CELLS)
+
+
 def discover(
-    recordings: RecordingsPath,
+    recordings: RecordingsPlace,
     explorer: Annotated[ExplorerName, typer.Option(help="explorer that proposes candidates")] = ExplorerName.GRAMMAR,
     out: Annotated[Path, typer.Option(help="folder for the history, the best controller and its card")] = Path("run"),
     rounds: Annotated[int | None, typer.Option(min=1, help="stop after this many proposals")] = None,
@@ -62,10 +104,27 @@ def discover(
         str, typer.Option(help="benchmarks, separated by commas (default: all of the search split)")
     ] = "",
     answers: Answers = AnswerComparison.AUTO,
-    shuffles: Annotated[int, typer.Option(min=1, help="branch orders per candidate")] = 4,
+    shuffles: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="branch orders per candidate (default: 4; with the kernel up to 100)", show_default=False
+        ),
+    ] = None,
     probe_tokens: ProbeTokens = None,
+    signals: ShownSignals = "all",
     latency: Annotated[float, typer.Option(min=0, help="points subtracted per doubling of the critical path")] = 0.0,
-    workers: Annotated[int | None, typer.Option(min=1, help="worker processes (default: one per core)")] = None,
+    harm: Annotated[
+        float, typer.Option(min=0, help="points subtracted per point that the worst cell loses to adaptive_consistency")
+    ] = 0.5,
+    champions: Annotated[
+        str,
+        typer.Option(help="controllers that the winner must beat, separated by commas; they limit its critical path"),
+    ] = "",
+    engine: Annotated[
+        SearchEngine, typer.Option(help="where candidates are tried: in worker processes, or on Ray")
+    ] = SearchEngine.PROCESS,
+    workers: Annotated[int | None, typer.Option(min=1, help="workers (default: one per core)")] = None,
+    address: Address = None,
     folder: Annotated[Path | None, typer.Option(help="for --explorer files: folder of the candidates")] = None,
     llm: Annotated[
         Path | None, typer.Option(help="for --explorer llm: JSON file with base_url, models and prices")
@@ -74,49 +133,129 @@ def discover(
         str, typer.Option(help="for --explorer agent: command line, with {workspace} for the folder")
     ] = "",
     tune: Annotated[bool, typer.Option("--tune", help="between proposals, tune the numbers in the best file")] = False,
-    store: Annotated[Path | None, typer.Option(help="replay store to record the search in as well")] = None,
+    kernel: Annotated[
+        bool | None,
+        typer.Option(
+            "--kernel/--no-kernel",
+            help="for --explorer grammar: play candidates by the compiled kernel (default: if numba is installed)",
+            show_default=False,
+        ),
+    ] = None,
+    store: Annotated[
+        AnyPlace | None,
+        typer.Option(parser=parse_place, metavar="STORE", help="replay store to record the search in as well"),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run recorded in --out")] = False,
 ) -> None:
     """Search for controllers on recordings of the search split. No model is called to score them."""
     if rounds is None and minutes is None and budget_usd is None:
         raise ExplorerError("no stopping condition; give --rounds, --minutes or --budget-usd")
-    options = ExplorerOptions(folder, llm, command, budget_usd)
+    check_cluster_options(engine, address, workers)
+    shown = parse_shown_signals(signals)
+    compiled = choose_runner(explorer, tune, kernel)
+    options = ExplorerOptions(folder, llm, command, budget_usd, VARIED if compiled else 0)
     chosen = Tuned(make_explorer(explorer, options, out)) if tune else make_explorer(explorer, options, out)
     cells, compared = load_search_split(recordings, split_names(models), split_names(benchmarks), answers)
     priced = any(recording.has_probe_costs for cell_recordings in cells.values() for recording in cell_recordings)
     cost = probe_tokens if probe_tokens is not None else None if priced else PROBE_TOKENS
-    plan = CascadePlan(shuffles=shuffles, latency=latency)
+    rivals = [parse_spec(name) for name in split_names(champions)]
+    has_probes = can_be_probed(cells)
+    if not has_probes and (probing := [rival.name for rival in rivals if rival.needs_probes]):
+        raise ExplorerError(
+            f"--champions {','.join(probing)}: needs probes, and branches of the recordings are whole replies, which "
+            "have none; name others, or leave such cells out with --benchmarks"
+        )
+    questions = sum(len(cell_recordings) for cell_recordings in cells.values())
+    orders = shuffles or (last_orders(questions) if compiled else CascadePlan().shuffles)
+    rungs = rungs_below(orders) if compiled or orders >= FEWEST_ORDERS else ()
+    plan = CascadePlan(shuffles=orders, latency=latency, harm=harm, champions=rivals, rungs=rungs)
     settings = {
         "explorer": explorer,
+        "runner": "kernel" if compiled else "python",
         "seed": seed,
         "cells": [" ".join(cell) for cell in cells],
-        "questions": sum(len(cell_recordings) for cell_recordings in cells.values()),
+        "questions": questions,
         "answers": compared,
         "probe_tokens": cost,
+        "signals": sorted(shown),
         "betas": list(plan.betas),
-        "shuffles": shuffles,
+        "shuffles": orders,
         "latency": latency,
+        "harm": harm,
+        "champions": [rival.digest for rival in rivals],
         "tune": tune,
+        **({} if has_probes else {"has_probes": False}),
     }
     record = out / RECORD
     history = History.resume(record, settings) if resume else History.begin(record, settings)
     if explorer is ExplorerName.AGENT and not (out / EXPORT).exists():
         export_search_split(recordings, out / EXPORT, answers=answers)
-    rules = ReplayRules(probe_tokens=cost)
+    rules = ReplayRules(probe_tokens=cost, signals=shown)
     for line in recording_width_warnings(cells, rules.max_branches):
         log.warning("%s", line)
-    with TrialPool(cells, rules, workers) as arena, TrialPool(fixed_recordings(), ReplayRules(), 1) as probes:
-        cascade = Cascade(arena, probes, plan)
+    with ExitStack() as stack:
+        cascade, arena = make_cascade(stack, cells, rules, plan, SearchWorkers(engine, workers, address), compiled)
         digester = None if explorer is ExplorerName.GRAMMAR else _digester(cascade, arena)
         run = SearchLoop(chosen, cascade, history, seed, digester)
         with SearchProgressBar(rounds) as bar:
             run.search(SearchLimits(rounds, budget_usd, minutes), bar.step)
         with atomic_write(out / CONTEXT) as file:
             file.write(join_blocks([*SYSTEM, *USER], run.context()).encode())
-        finalist = run.choose_finalist()
+        finalist = run.choose_finalist(choosing=orders if compiled else None)
     if store is not None:
         store_search(run, store, settings)
     _write_finalist(run, finalist, out, settings)
+
+
+def choose_runner(explorer: ExplorerName, tune: bool, kernel: bool | None) -> bool:
+    """Return whether the compiled kernel plays candidates. Raises ExplorerError if it was asked for and cannot."""
+    fits = explorer is ExplorerName.GRAMMAR and not tune
+    if kernel and not fits:
+        raise ExplorerError("--kernel plays genomes of --explorer grammar only, without --tune")
+    if not fits or kernel is False:
+        return False
+    available = is_available()
+    if kernel and not available:
+        raise ExplorerError("--kernel needs numba: pip install 'autotts-proxy[search]'")
+    if not available:
+        log.warning("candidates are played by the Python runner; pip install 'autotts-proxy[search]' is much faster")
+    return available
+
+
+def make_cascade(
+    stack: ExitStack,
+    cells: Mapping[Cell, Sequence[Recording]],
+    rules: ReplayRules,
+    plan: CascadePlan,
+    search: SearchWorkers,
+    compiled: bool,
+) -> tuple[Cascade, TrialPool]:
+    """Return the cascade and its pool on `cells`; their workers end with `stack`. Raises EngineError."""
+    arena = stack.enter_context(TrialPool(cells, rules, pool=search.job_pool(search.workers)))
+    probes = stack.enter_context(TrialPool(fixed_recordings(), ReplayRules(), pool=search.job_pool(1)))
+    if not compiled:
+        return Cascade(arena, probes, plan), arena
+    if search.engine is SearchEngine.RAY:
+        from discovery.search.kernel.kernel_pool import KernelRunner  # needs numba
+        from discovery.search.kernel.ray_kernel import RayKernel
+
+        runner = KernelRunner(RayKernel(arena, rules), RayKernel(probes, rules))
+        runner.compile()
+    else:
+        runner = make_kernel(stack, cells, rules, search.workers)
+    return Cascade(arena, probes, plan, runner), arena
+
+
+def make_kernel(
+    stack: ExitStack, cells: Mapping[Cell, Sequence[Recording]], rules: ReplayRules, workers: int | None
+) -> KernelRunner:
+    """Return the kernel, compiled; its threads end with `stack`. It sees the signals of `rules`, as files do."""
+    from discovery.search.kernel.kernel_pool import KernelPool, KernelRunner  # needs numba
+
+    arena = stack.enter_context(KernelPool(cells, rules, workers))
+    runner = KernelRunner(arena, stack.enter_context(KernelPool(fixed_recordings(), rules, 1)))
+    runner.compile()
+    return runner
 
 
 def recording_width_warnings(cells: Mapping[Cell, Sequence[Recording]], max_branches: int) -> list[str]:
@@ -130,7 +269,7 @@ def recording_width_warnings(cells: Mapping[Cell, Sequence[Recording]], max_bran
     ]
 
 
-def store_search(run: SearchLoop, place: Path, settings: Mapping[str, Any]) -> None:
+def store_search(run: SearchLoop, place: StorePlace, settings: Mapping[str, Any]) -> None:
     """Write a search into a store. Raises StoreError."""
     tried = [
         TriedCandidate(
@@ -150,13 +289,13 @@ def store_search(run: SearchLoop, place: Path, settings: Mapping[str, Any]) -> N
 
 
 def load_search_split(
-    path: Path, models: Sequence[str], benchmarks: Sequence[str], answers: AnswerComparison
+    place: StorePlace, models: Sequence[str], benchmarks: Sequence[str], answers: AnswerComparison
 ) -> tuple[dict[Cell, list[Recording]], str]:
     """Return the search split's recordings by cell, and a text on how answers are compared. Raises DiscoveryError."""
-    source = open_source(path)
+    source = open_source(place)
     cells = select_cells(source.cells(), models, benchmarks, Split.SEARCH)
     with Judge(clock=Clock.CPU) as judge:
-        by_cell = {cell: read_scorable_cell(source, cell, answers, judge) for cell in cells}
+        by_cell = dict(each_scorable(cells, lambda cell: read_scorable_cell(source, cell, answers, judge)))
     compared = " and ".join(sorted({comparison for _, comparison in by_cell.values()}))
     return {cell: recordings for cell, (recordings, _) in by_cell.items()}, compared
 

@@ -1,4 +1,7 @@
-"""`autotts doctor`: check that this machine can sandbox controllers, by trying to break out of every layer."""
+"""`autotts doctor`: check that this machine can sandbox controllers, by trying to break out of every layer.
+
+It also says whether the core of evaluation is compiled.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 import typer
 from rich.table import Table
 
+from controllers.core.compiled import CORE
 from controllers.sandbox.proof import Proof, Trial
 from controllers.sandbox.seal import Layer
 from controllers.sandbox.spawner import spawner
@@ -41,7 +45,8 @@ def _figures(proof: Proof) -> dict[str, Any]:
         part: [{"attempt": one.what, "held": one.held, "words": one.message} for one in trials]
         for part, trials in _parts(proof).items()
     }
-    return {"sealed": proof.sealed, "lacking": proof.lacking, "layers": trials}
+    core = {"compiled": CORE.compiled, "reason": CORE.reason}
+    return {"sealed": proof.sealed, "lacking": proof.lacking, "core": core, "layers": trials}
 
 
 def _show(proof: Proof) -> None:
@@ -55,6 +60,7 @@ def _show(proof: Proof) -> None:
                 held = "yes" if trial.held else "[red]NO[/red]"
                 table.add_row("" if number else part, held, trial.what, trial.message)
         console.print(table)
+    console.print(f"core of evaluation: {CORE}", markup=False, highlight=False)
     if proof.sealed:
         console.print(
             "controllers from files are accepted; each runs in a sandboxed process of its own", highlight=False

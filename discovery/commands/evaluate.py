@@ -13,11 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from controllers.builtin import DEFAULT
+from controllers.core.compiled import CORE
 from controllers.dial import parse_beta
 from controllers.errors import BetaError, SandboxUnavailable, UnknownController
 from controllers.loading import Spec, parse_spec
 from discovery.commands.console import split_names, wide_console
 from discovery.commands.options import (
+    Address,
     Answers,
     Benchmarks,
     Betas,
@@ -26,11 +29,14 @@ from discovery.commands.options import (
     MaxBranches,
     Models,
     ProbeTokens,
-    RecordingsPath,
+    RecordingsPlace,
+    ShownSignals,
     Shuffles,
     Workers,
+    check_cluster_options,
     check_json_target,
     output_figures,
+    parse_shown_signals,
 )
 from discovery.data.recordings import Cell, LabelSource, Split
 from discovery.evaluation.engines import EngineName, make_engine
@@ -45,13 +51,13 @@ CONFIDENCE: Final = "confidence"
 
 
 def evaluate(
-    recordings: RecordingsPath,
+    recordings: RecordingsPlace,
     controllers: Annotated[
         str,
         typer.Option(
             help="controllers, separated by commas: names, NAME@N for N chains, or files (cmc,asc@64,mine.py)"
         ),
-    ] = "cmc",
+    ] = DEFAULT,
     betas: Betas = "0,0.5,1",
     shuffles: Shuffles = 100,
     models: Models = "",
@@ -69,6 +75,7 @@ def evaluate(
     max_branches: MaxBranches = 64,
     engine: EngineChoice = EngineName.LOCAL,
     workers: Workers = None,
+    address: Address = None,
     sandbox: Annotated[bool, typer.Option("--sandbox", help="run built-in controllers in the sandbox too")] = False,
     allow_unsandboxed: Annotated[
         bool,
@@ -76,6 +83,7 @@ def evaluate(
             "--allow-unsandboxed", help="run controllers from files without the sandbox, with all your permissions"
         ),
     ] = False,
+    signals: ShownSignals = "all",
     json_to: JsonTarget = None,
     traces: Annotated[Path | None, typer.Option(help="folder to write traces to: every round of every episode")] = None,
     plot: Annotated[
@@ -92,16 +100,19 @@ def evaluate(
             else UnknownController("--controllers is empty; name at least one controller")
         )
     weights = parse_weights(labels)
+    shown = parse_shown_signals(signals)
+    check_cluster_options(engine, address, workers)
     if plot is not None:
         check_plot(plot)
     check_json_target(json_to)
     source = open_source(recordings)
     cells = select_cells(source.cells(), split_names(models), split_names(benchmarks), split)
-    rules = ReplayRules(max_branches, probe_tokens, traces, _sealing(specs, sandbox, allow_unsandboxed))
+    rules = ReplayRules(max_branches, probe_tokens, traces, _sealing(specs, sandbox, allow_unsandboxed), shown)
     evaluation = Evaluation(source, cells, specs, beta_values, shuffles, answers, rules, weights, version)
     with _progress(evaluation.work) as advance:
-        scored = evaluation.run(make_engine(engine, workers), advance)
-    figures = json.dumps([score.as_json() for score in scored], indent=2, ensure_ascii=False) + "\n"
+        scored = evaluation.run(make_engine(engine, workers, address), advance)
+    core = {"core": "compiled" if CORE.compiled else "pure Python"}
+    figures = json.dumps([score.as_json() | core for score in scored], indent=2, ensure_ascii=False) + "\n"
     output_figures(figures, json_to, lambda: _show(scored))
     if plot is not None:
         draw_frontiers(_panels(scored), plot)

@@ -8,46 +8,64 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
+from controllers.builtin import DEFAULT
 from discovery.commands.console import wide_console
+from discovery.commands.gate_plan import show_plan
 from discovery.commands.options import (
+    Address,
     Answers,
     Benchmarks,
     Betas,
     EngineChoice,
+    LedgerPlace,
     MaxBranches,
     Models,
-    RecordingsPath,
-    Shuffles,
+    RecordingsPlace,
     Workers,
+    check_cluster_options,
 )
 from discovery.data.atomic_files import check_writable_path
 from discovery.data.recordings import Split
 from discovery.errors import GateError
 from discovery.evaluation.engines import EngineName
+from discovery.promotion.conditions import GateTerms
 from discovery.promotion.gate import GateJob
-from discovery.promotion.verdict import GateReport, GateTerms, GateVerdict, report_of
+from discovery.promotion.ledger import Ledger
+from discovery.promotion.power_plan import ORDERS
+from discovery.promotion.verdict import GateReport, GateVerdict, report_of
+from discovery.store import child_environment
 from discovery.store.records import utc_now
 
+NO_LEDGER: Final = Path()
+"""Stands for the ledger of a plan, which judges nothing."""
 COLOURS = {GateVerdict.PROMOTE: "green", GateVerdict.REJECT: "red", GateVerdict.UNDECIDED: "yellow"}
 
 
 def gate(
     file: Annotated[str, typer.Argument(help="finalist: FILE.py or a name", metavar="FILE")],
-    recordings: RecordingsPath,
-    ledger: Annotated[Path, typer.Option(help="file that keeps every judgement on these recordings permanently")],
-    champion: Annotated[str, typer.Option(help="champion to beat: a name or FILE.py")] = "cmc",
+    recordings: RecordingsPlace,
+    ledger: LedgerPlace = None,
+    champion: Annotated[str, typer.Option(help="champion to beat: a name or FILE.py")] = DEFAULT,
     split: Annotated[Split, typer.Option(help="split of the questions")] = Split.HELD_OUT,
     report: Annotated[Path | None, typer.Option(help="file to write the report to (.json)")] = None,
+    model: Annotated[
+        str, typer.Option(help="the one model it is for: judge on that model's questions only (default: all models)")
+    ] = "",
     models: Models = "",
     benchmarks: Benchmarks = "",
     betas: Betas = GateJob.betas,
-    shuffles: Shuffles = 100,
+    shuffles: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=10_000, help=f"branch orders per question (default: 100; {ORDERS} with --plan and --sequential)"
+        ),
+    ] = None,
     answers: Answers = GateJob.answers,
     max_branches: MaxBranches = 64,
     beta: Annotated[
@@ -56,10 +74,34 @@ def gate(
     margin: Annotated[
         float, typer.Option(min=0, help="points that accuracy may drop at the deployed β")
     ] = GateTerms.margin,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="judge nothing: print how many questions and branches a gain needs")
+    ] = False,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="judge again whenever questions were added, at one level for all looks")
+    ] = False,
+    gain: Annotated[
+        float, typer.Option(min=0, help="points of AFS that are worth finding, for --plan and --sequential")
+    ] = GateTerms.gain,
+    power: Annotated[
+        float, typer.Option(min=0.5, max=0.999, help="probability of finding the gain, for --plan")
+    ] = GateTerms.power,
+    bound: Annotated[
+        float,
+        typer.Option(min=0, max=100, help="largest difference of a question that counts for --sequential, in points"),
+    ] = GateTerms.bound,
     engine: EngineChoice = EngineName.PROCESS,
     workers: Workers = None,
+    address: Address = None,
 ) -> None:
     """Compare a controller with the champion on questions that no explorer has seen."""
+    if plan and sequential:
+        raise typer.BadParameter("give --plan or --sequential, not both")
+    if ledger is None and not plan:
+        raise typer.BadParameter("--ledger is needed to judge; only --plan works without")
+    if model and models:
+        raise typer.BadParameter("give --model or --models, not both; --model makes the verdict one about that model")
+    check_cluster_options(engine, address, workers)
     if report is not None:
         check_writable_path(report, "--report")
     with tempfile.TemporaryDirectory(prefix="autotts-") as folder:
@@ -67,29 +109,48 @@ def gate(
             finalist=file,
             champion=champion,
             recordings=recordings,
-            ledger=ledger,
+            ledger=ledger or NO_LEDGER,
             report=report or Path(folder, "report.json"),
             created=utc_now(),
             who=getpass.getuser(),
             split=split,
+            model=model,
             models=models,
             benchmarks=benchmarks,
             betas=betas,
-            shuffles=shuffles,
+            shuffles=shuffles or (ORDERS if plan or sequential else GateJob.shuffles),
             answers=answers,
             max_branches=max_branches,
             engine=engine,
             workers=workers or 0,
+            address=address or "",
             beta=beta,
             margin=margin,
+            sequential=sequential,
+            gain=gain,
+            power=power,
+            bound=bound,
         )
-        _show(judge_in_subprocess(job))
+        if plan:
+            made = job.plan(None if ledger is None else Ledger(ledger))
+            show_plan(made)
+            if report is not None:
+                made.write(report)
+        else:
+            _show(judge_in_subprocess(job))
 
 
 def judge_in_subprocess(job: GateJob) -> GateReport:
     """Run a gate job in another process and return its report. Raises GateError with that process's message."""
     command = [sys.executable, "-m", "discovery.promotion.gate", *job.options]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=child_environment(job.recordings, job.ledger),
+    )
     if done.returncode:
         message = done.stderr.strip().rpartition("\n")[2]
         raise GateError(message or f"the gate's process exited with status {done.returncode} and no message")
@@ -108,16 +169,45 @@ def _show(report: GateReport) -> None:
     console.print(
         f"at β = {headlines.beta:g}: {saved}{headlines.accuracy:+.1f} points at equal tokens", highlight=False
     )
-    if report.verdict is GateVerdict.UNDECIDED:
+    if report.sequence is not None:
+        console.print(_describe_look(report), highlight=False)
+    elif report.verdict is GateVerdict.UNDECIDED:
         detectable = "no gain" if report.mde is None else f"only gains of at least {report.mde:.2f} points"
         console.print(f"{report.questions} questions can reliably detect {detectable}", highlight=False)
+        console.print(_describe_more(report), highlight=False)
     if report.answers:
         console.print(f"answer comparison: {report.answers}", highlight=False)
-    console.print(f"{report.name}: {report.verdict}", style=COLOURS[report.verdict], markup=False, highlight=False)
+    console.print(
+        f"{report.name}: {report.verdict}{_scope(report)}", style=COLOURS[report.verdict], markup=False, highlight=False
+    )
+
+
+def _scope(report: GateReport) -> str:
+    return f" for model {report.model}" if report.model else ""
+
+
+def _describe_look(report: GateReport) -> str:
+    state = report.sequence
+    if state is None:
+        return ""
+    text = f"look {state.look} of this sequence: {report.questions} questions"
+    if state.waiting:
+        text += f", {state.waiting} more wait for their {state.branches} branches"
+    if state.excluded:
+        text += f", {state.excluded} were left out because another judgement used them at the same level"
+    if report.more is not None:
+        text += f"; about {report.more:,} more would end it if they are like these"
+    return text
+
+
+def _describe_more(report: GateReport) -> str:
+    if report.more is None:
+        return "more questions are unlikely to decide, because the observed gain is too small"
+    return f"if the observed gain is real, about {report.more:,} more questions would decide"
 
 
 def _conditions(report: GateReport) -> Table:
-    table = Table(title=escape(f"{report.name} compared with {report.champion}"), title_justify="left")
+    table = Table(title=escape(f"{report.name} compared with {report.champion}{_scope(report)}"), title_justify="left")
     for heading in ("condition", "met", "result"):
         table.add_column(heading)
     for condition in report.conditions:

@@ -16,6 +16,7 @@ from discovery.data.questions import read_questions
 from discovery.data.recordings import LabelSource
 from discovery.evaluation.answer_votes import MIN_BRANCHES, MIN_CALIBRATION_ANSWERS, MIN_MARGIN, Agreement
 from discovery.evaluation.reference_answers import LabelReport, update_labels
+from discovery.store import StorePlace
 
 
 def label(
@@ -42,7 +43,7 @@ def label(
     output_figures(figures, json_to, lambda: _show(place, report))
 
 
-def _show(place: Path, report: LabelReport) -> None:
+def _show(place: StorePlace, report: LabelReport) -> None:
     console = wide_console()
     console.print(_sources(place, report))
     if any(agreement.of for _, _, agreement in report.by_margin):
@@ -51,7 +52,7 @@ def _show(place: Path, report: LabelReport) -> None:
         console.print(remark, markup=False, highlight=False, soft_wrap=True)
 
 
-def _sources(place: Path, report: LabelReport) -> Table:
+def _sources(place: StorePlace, report: LabelReport) -> Table:
     table = Table(title=f"{place}: questions by source of their correct answers", title_justify="left")
     for heading in ("source", "questions", "labels written", "removed", "agrees with reference", "95 % interval"):
         table.add_column(heading, justify="left" if heading == "source" else "right")

@@ -29,6 +29,7 @@ from discovery.commands.options import DEFAULT_STORE, JsonTarget, Place, check_j
 from discovery.commands.store import with_store
 from discovery.errors import RecordingsNotFound
 from discovery.evaluation.plot import PlotInterval, PlotRows, check_plot, draw_intervals
+from discovery.store import StorePlace
 
 SHOWN: Final = 10
 """Maximum disagreements shown."""
@@ -69,7 +70,7 @@ def parity_command(
         raise typer.Exit(DISAGREES if report.checked else UNCHECKED)
 
 
-def _select(place: Path, served: ServedRecords, controller: str | None, beta: float | None) -> ServedRecords:
+def _select(place: StorePlace, served: ServedRecords, controller: str | None, beta: float | None) -> ServedRecords:
     """Select the episodes of one controller and one β, where given. Raises RecordingsNotFound if there are none."""
     if not served.episodes:
         raise RecordingsNotFound(

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from controllers.builtin import DEFAULT
 from controllers.loading import Spec, read
 from controllers.rollout_state import RolloutStage, RolloutState
 from discovery.commands.console import wide_console
 from discovery.commands.gate import judge_in_subprocess
-from discovery.commands.options import AsJson
+from discovery.commands.options import AnyPlace, AsJson, LedgerPlace, RegistryPlace, registry_place
 from discovery.data.safe_json import parse_json
 from discovery.errors import PromotionError
 from discovery.promotion.gate import GateJob
-from discovery.promotion.registry import Card, ChangeCause, Registry
+from discovery.promotion.registry import Card, ChangeCause, Registry, built_in_problem
+from discovery.store import StorePlace, parse_place
 from discovery.store.records import utc_now
 
 PASSED: Final = "promote"
@@ -30,31 +34,38 @@ LEDGER: Final = "ledger.jsonl"
 TAIL: Final = 10
 """Lines of the audit log that are shown."""
 
-Folder = Annotated[
-    Path, typer.Option("--registry", envvar="AUTOTTS_REGISTRY", help="folder of the installed controllers")
-]
 Who = Annotated[str, typer.Option(envvar="USER", help="name for the audit log")]
 Why = Annotated[str, typer.Option(help="reason for the audit log")]
+ForModel = Annotated[
+    str | None, typer.Option("--model", help="model it is for (default: all models without a champion of their own)")
+]
 
 
 def promote(
-    what: Annotated[str, typer.Argument(help="FILE.py, or the digest prefix of an installed controller")],
-    registry: Folder,
+    what: Annotated[
+        str, typer.Argument(help="FILE.py, a built-in controller's name, or the digest prefix of an installed one")
+    ],
     stage: Annotated[RolloutStage, typer.Option("--as", help="rollout stage to put it at")],
+    registry: RegistryPlace = None,
     share: Annotated[float, typer.Option(min=0, max=1, help="share of requests for a canary")] = 0.1,
+    model: ForModel = None,
     why: Why = "",
     who: Who = "unknown",
     report: Annotated[Path | None, typer.Option(help="the gate's JSON report on the file")] = None,
-    recordings: Annotated[Path | None, typer.Option(help="run the gate now on these recordings")] = None,
-    against: Annotated[str, typer.Option("--champion", help="for --recordings: champion to beat")] = "cmc",
-    ledger: Annotated[Path | None, typer.Option(help="for --recordings: file that keeps the judgements")] = None,
+    recordings: Annotated[
+        AnyPlace | None,
+        typer.Option(parser=parse_place, metavar="STORE|FOLDER", help="run the gate now on these recordings"),
+    ] = None,
+    against: Annotated[str, typer.Option("--champion", help="for --recordings: champion to beat")] = DEFAULT,
+    ledger: LedgerPlace = None,
     shuffles: Annotated[int, typer.Option(min=1, help="for --recordings: branch orders per question")] = 100,
     force: Annotated[
         bool, typer.Option("--force", help="promote without a passed gate, or despite a quarantine")
     ] = False,
 ) -> None:
-    """Put a controller at a rollout stage; a running proxy follows within a second."""
-    opened, by = Registry(registry), ChangeCause(who, why, datetime.now(UTC), force)
+    """Put a controller at a rollout stage; running proxies follow within two seconds."""
+    place = registry_place(registry)
+    opened, by = Registry(place), ChangeCause(who, why, datetime.now(UTC), force)
     if force:
         print_warning(
             f"FORCED: {what} becomes {stage} regardless of the gate and quarantines; "
@@ -64,41 +75,85 @@ def promote(
     if what.endswith(".py"):
         spec = read(Path(what))
         if recordings is not None:
-            report = run_gate_on(Path(what), recordings, against, ledger or registry / LEDGER, shuffles, who)
-        after = install(opened, spec, {**discovery_card(Path(what)), **card_of(spec, report, force)}, stage, share, by)
+            report = run_gate_on(Path(what), recordings, against, ledger or default_ledger(place), shuffles, who, model)
+        card = {**discovery_card(Path(what)), **card_of(spec, report, force)}
+        after = install(opened, spec, card, stage, share, by, model)
         digest = spec.digest
-    elif report is not None:
-        raise PromotionError(f"--report is only for files; {what} is already installed")
     else:
-        digest = opened.find(what)
-        after = opened.promote(digest, stage, share, by)
-    wide_console().print(_describe(opened, digest, stage, before, after), highlight=False, markup=False)
+        digest, after = promote_known(opened, what, stage, share, by, model, report)
+    wide_console().print(_describe(opened, digest, stage, before, after, model), highlight=False, markup=False)
 
 
-def rollback(registry: Folder, why: Why = "", who: Who = "unknown") -> None:
-    """Restore the previous champion and drop the canary."""
-    opened = Registry(registry)
-    after = opened.roll_back(ChangeCause(who, why, datetime.now(UTC)))
-    champion = "the configured controller" if after.champion is None else _name(opened, after.champion)
-    wide_console().print(f"{registry}: {champion} is the champion; there is no canary", highlight=False, markup=False)
+def rollback(registry: RegistryPlace = None, model: ForModel = None, why: Why = "", who: Who = "unknown") -> None:
+    """Restore the previous champion and drop the canary, of one model or of the default."""
+    opened = Registry(registry_place(registry))
+    version = opened.read().version  # of two rollbacks at the same time, only one is made
+    after = opened.roll_back(ChangeCause(who, why, datetime.now(UTC), version=version), model)
+    holder = after.own(model).champion
+    if holder is not None:
+        champion = _name(opened, holder)
+    else:
+        champion = "the configured controller" if model is None else "the default's champion"
+    wide_console().print(
+        f"{opened.place}: {champion} is the champion{_of(model)}; there is no canary", highlight=False, markup=False
+    )
 
 
-def controllers(registry: Folder, as_json: AsJson = False) -> None:
-    """List the installed controllers by stage, their cards, and the latest changes."""
-    opened = Registry(registry)
-    installed, audit = opened.read(), opened.audit()[-TAIL:]
-    cards = {digest: opened.card(digest) for digest in _known(opened, installed)}
+def controllers(registry: RegistryPlace = None, as_json: AsJson = False) -> None:
+    """List the installed controllers by model and stage, their cards, and the latest changes."""
+    place = registry_place(registry)
+    with Registry(place).session() as opened:
+        installed, audit, every = opened.read(), opened.audit()[-TAIL:], opened.cards()
+        cards = {digest: every.get(digest) or opened.card(digest) for digest in _known(installed, every)}
     if as_json:
-        figures = {**installed.as_json(), "cards": cards, "audit": audit}
+        serving = {model: installed.of_model(model).as_json() for model in sorted(installed.models)}
+        figures = {**installed.as_json(), "serving": serving, "cards": cards, "audit": audit}
         sys.stdout.write(json.dumps(figures, indent=2) + "\n")
         return
     console = wide_console()
-    console.print(_stages(registry, installed, cards))
+    console.print(_stages(place, installed, cards))
     if audit:
         console.print(_changes(audit))
 
 
-def run_gate_on(file: Path, recordings: Path, champion: str, ledger: Path, shuffles: int, who: str) -> Path:
+def promote_known(
+    registry: Registry,
+    what: str,
+    stage: RolloutStage,
+    share: float,
+    by: ChangeCause,
+    model: str | None = None,
+    report: Path | None = None,
+) -> tuple[str, RolloutState]:
+    """Put a built-in or an installed controller at a stage, and return its digest and the new state.
+
+    `what` is its name or the beginning of its digest. Raises PromotionError; nothing has changed then.
+    """
+    if built_in_problem(what) is None:
+        spec = Spec(what)
+        return spec.digest, install(registry, spec, card_of(spec, report, by.forced), stage, share, by, model)
+    if report is not None:
+        raise PromotionError(f"--report is only for files; {what} is already installed")
+    digest = registry.find(what)
+    if not by.forced:
+        check_models(registry.card(digest), model)
+    return digest, registry.promote(digest, stage, share, by, model)
+
+
+def default_ledger(registry: StorePlace) -> StorePlace:
+    """Return the ledger of a registry: a file in its folder, or the one of its database."""
+    return registry / LEDGER if isinstance(registry, Path) else registry
+
+
+def run_gate_on(
+    file: Path,
+    recordings: StorePlace,
+    champion: str,
+    ledger: StorePlace,
+    shuffles: int,
+    who: str,
+    model: str | None = None,
+) -> Path:
     """Run the gate on a file in another process; return the path of the report beside the file. Raises GateError."""
     report = file.with_suffix(".report.json")
     job = GateJob(
@@ -109,6 +164,7 @@ def run_gate_on(file: Path, recordings: Path, champion: str, ledger: Path, shuff
         report=report,
         created=utc_now(),
         who=who,
+        model=model or "",
         shuffles=shuffles,
     )
     gate_report = judge_in_subprocess(job)
@@ -119,15 +175,25 @@ def run_gate_on(file: Path, recordings: Path, champion: str, ledger: Path, shuff
 
 
 def install(
-    registry: Registry, spec: Spec, card: Card, stage: RolloutStage, share: float, by: ChangeCause
+    registry: Registry,
+    spec: Spec,
+    card: Card,
+    stage: RolloutStage,
+    share: float,
+    by: ChangeCause,
+    model: str | None = None,
 ) -> RolloutState:
-    """Put a controller at a stage if its card shows a passed gate, or if `by` forces it.
+    """Put a controller at a stage if its card shows a passed gate, if it is built in, or if `by` forces it.
 
-    Raises PromotionError; nothing has changed then.
+    A report that the gate made on one model is for that model only. Raises PromotionError; nothing has changed then.
     """
-    if not by.forced:
-        check_report(spec, card.get("report"))
-    return registry.install(spec, card, stage, share, by)
+    report = card.get("report")
+    if not by.forced and (spec.is_foreign or report is not None):
+        check_report(spec, report)
+        check_models({**card, "name": spec.name, "models": _judged_models(report)}, model)
+    if models := _judged_models(report):
+        card = {**card, "models": models}
+    return registry.install(spec, card, stage, share, by, model)
 
 
 def check_report(spec: Spec, report: Any) -> None:
@@ -142,10 +208,26 @@ def check_report(spec: Spec, report: Any) -> None:
         raise PromotionError(f"{spec.name}: the gate's verdict is {report.get('verdict')!r}, not {PASSED!r}")
 
 
+def check_models(card: Card, model: str | None) -> None:
+    """Raise PromotionError if the controller passed the gate on other models only."""
+    judged = card.get("models")
+    if judged and model not in judged:
+        raise PromotionError(
+            f"{card['name']} passed the gate on model {' and '.join(judged)} only, not on "
+            f"{'all models' if model is None else model}; give --model, or run the gate there, or use --force"
+        )
+
+
+def _judged_models(report: Any) -> list[str]:
+    """Return the one model that a report is about; empty if it is about all models."""
+    return [report["model"]] if isinstance(report, Mapping) and report.get("model") else []
+
+
 def card_of(spec: Spec, report: Path | None, forced: bool = False) -> Card:
     """Return a controller's card with the report in a file, if one is given. Raises PromotionError if it is not one."""
     if report is None:
-        return {"headline": "forced without a report" if forced else "", "report": None}
+        built_in = "" if spec.is_foreign else "built in"
+        return {"headline": "forced without a report" if forced else built_in, "report": None}
     content = _json(report)
     if not isinstance(content, dict):
         raise PromotionError(f"{report}: not a report of the gate")
@@ -173,45 +255,69 @@ def print_warning(text: str) -> None:
     Console(stderr=True).print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
-def _describe(registry: Registry, digest: str, stage: RolloutStage, before: RolloutState, after: RolloutState) -> str:
-    text = f"{registry.folder}: {_name(registry, digest)} is {stage}"
+def _describe(
+    registry: Registry,
+    digest: str,
+    stage: RolloutStage,
+    before: RolloutState,
+    after: RolloutState,
+    model: str | None,
+) -> str:
+    text = f"{registry.place}: {_name(registry, digest)} is {stage}{_of(model)}"
     if stage is RolloutStage.CANARY:
-        text += f" for {after.share:.0%} of the requests"
-    ousted = before.stages[stage]
+        text += f" for {after.own(model).share:.0%} of the requests"
+    ousted = before.own(model).stages[stage]
     return text if ousted in (None, digest) else f"{text}, in place of {ousted[:12]}"
+
+
+def _of(model: str | None) -> str:
+    return "" if model is None else f" of model {model}"
 
 
 def _name(registry: Registry, digest: str) -> str:
     return f"{registry.card(digest)['name']} ({digest[:12]})"
 
 
-def _known(registry: Registry, installed: RolloutState) -> list[str]:
-    """Return the digests of all installed controllers, by stage and history."""
-    named = (*reversed(installed.stages.values()), *reversed(installed.previous), *registry.digests())
-    return [digest for digest in dict.fromkeys(named) if digest is not None]
+def _known(installed: RolloutState, cards: Mapping[str, Card]) -> list[str]:
+    """Return the digests of all installed controllers, by model, stage and history."""
+    every = (installed.default, *installed.models.values())
+    staged = [digest for holders in every for digest in reversed(holders.stages.values())]
+    history = [digest for holders in every for digest in reversed(holders.previous)]
+    return [digest for digest in dict.fromkeys((*staged, *history, *cards)) if digest is not None]
 
 
-def _stages(folder: Path, installed: RolloutState, cards: dict[str, Card]) -> Table:
-    table = Table(title=f"{folder}, version {installed.version}", title_justify="left")
-    for heading in ("stage", "controller", "digest", "forced", "headline"):
+def _stages(place: StorePlace, installed: RolloutState, cards: dict[str, Card]) -> Table:
+    table = Table(title=f"{place}, version {installed.version}", title_justify="left")
+    for heading in ("model", "stage", "controller", "digest", "forced", "headline"):
         table.add_column(heading)
-    if installed.champion is None:
-        table.add_row(RolloutStage.CHAMPION, "the configured controller", "", "", "")
+    if installed.default.champion is None:
+        table.add_row("default", RolloutStage.CHAMPION, "the configured controller", "", "", "")
+    for model in (None, *sorted(installed.models)):
+        holders = installed.own(model)
+        for stage, digest in reversed(holders.stages.items()):
+            if digest is not None:
+                share = f" ({holders.share:.0%})" if stage is RolloutStage.CANARY else ""
+                table.add_row(escape(model or "default"), *_row(f"{stage}{share}", digest, installed, cards))
     for digest in cards:
-        card, stage = cards[digest], installed.stage_of(digest)
-        stage_text = f"canary ({installed.share:.0%})" if stage is RolloutStage.CANARY else str(stage or "none")
-        stage_text += ", quarantined" if digest in installed.quarantined else ""
-        forced = "[red]yes[/red]" if card.get("forced") else ""
-        table.add_row(stage_text, card["name"], digest[:12], forced, str(card.get("headline", "")))
+        if digest not in installed.staged:
+            table.add_row("", *_row("none", digest, installed, cards))
     return table
+
+
+def _row(stage: str, digest: str, installed: RolloutState, cards: dict[str, Card]) -> tuple[str, ...]:
+    card = cards[digest]
+    forced = "[red]yes[/red]" if card.get("forced") else ""
+    stage += ", quarantined" if digest in installed.quarantined else ""
+    return stage, card["name"], digest[:12], forced, str(card.get("headline", ""))
 
 
 def _changes(audit: list[Any]) -> Table:
     table = Table(title="latest changes", title_justify="left")
-    for heading in ("time", "who", "action", "digest", "forced", "reason"):
+    for heading in ("time", "who", "action", "model", "digest", "forced", "reason"):
         table.add_column(heading)
     for line in audit:
         forced = "[red]yes[/red]" if line["forced"] else ""
         digest = (line["digest"] or "")[:12]
-        table.add_row(line["when"][:19], line["who"], line["action"], digest, forced, line["why"])
+        model = escape(line.get("model", ""))
+        table.add_row(line["when"][:19], line["who"], line["action"], model, digest, forced, line["why"])
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -17,13 +17,14 @@ from rich.progress import track
 from rich.table import Table
 
 from discovery.commands.console import split_names, wide_console
-from discovery.commands.options import DEFAULT_STORE, AsJson, Benchmarks, Models, Place
+from discovery.commands.options import DEFAULT_STORE, AnyPlace, AsJson, Benchmarks, Models, Place
 from discovery.data.atomic_files import atomic_write, check_writable_path
 from discovery.data.importers import format_recording_line, read_jsonl, read_release, release_files
 from discovery.data.recordings import Origin, RecordedQuestion, Split, default_split
 from discovery.errors import RecordingsNotFound, StoreError
 from discovery.evaluation.sources import open_source, select_cells
-from discovery.store import CellSummary, ServedSummary, Store
+from discovery.store import CellSummary, ServedSummary, Store, StorePlace, parse_place
+from discovery.store.copying import copy_store
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ def import_jsonl(
 def _import(
     files: Sequence[Path],
     read: Callable[[Path], list[RecordedQuestion]],
-    place: Path,
+    place: StorePlace,
     split: SplitBy | None,
 ) -> None:
     """Read every file, then add all recordings or none."""
@@ -97,7 +98,7 @@ def _put(recorded: RecordedQuestion, split: SplitBy | None) -> RecordedQuestion:
     return replace(recorded, split=default_split(recorded.question) if split is SplitBy.HASH else Split(split))
 
 
-def with_store(place: Path, work: Callable[[Store], Awaitable[T]], create: bool = False) -> T:
+def with_store(place: StorePlace, work: Callable[[Store], Awaitable[T]], create: bool = False) -> T:
     """Open the store at `place` and return the result of `work` on it."""
 
     async def run() -> T:
@@ -176,6 +177,21 @@ def export(
                 file.write(format_recording_line(recorded).encode())
                 count += 1
     wide_console().print(f"{to}: {count} recordings", highlight=False)
+
+
+@store.command()
+def copy(
+    source: Annotated[AnyPlace, typer.Argument(parser=parse_place, metavar="FROM", help="store to copy")],
+    target: Annotated[AnyPlace, typer.Argument(parser=parse_place, metavar="TO", help="new or empty store")],
+) -> None:
+    """Copy all records into another store, a file or a PostgreSQL database, and compare them."""
+
+    async def run() -> Mapping[str, int]:
+        async with Store.open(source) as opened, Store.open(target, create=True) as other:
+            return await copy_store(opened, other)
+
+    counts = ", ".join(f"{count:,} {table}" for table, count in asyncio.run(run()).items())
+    wide_console().print(f"{target}: {counts}; all are as in {source}", highlight=False)
 
 
 def forget(

@@ -19,6 +19,8 @@ PRIVATE: Final = 0o600
 """Permissions of files that hold the text of questions or answers."""
 DATABASE_FILES: Final = ("", "-wal", "-shm", "-journal")
 """Suffixes of the files that SQLite keeps for one database."""
+SMALLEST_DATABASE: Final = 512
+"""Bytes of the smallest SQLite database: one page of the smallest size."""
 _NO_DATABASE: Final = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN}
 
 
@@ -98,7 +100,7 @@ def is_database_file(path: Path) -> bool:
 
 
 def _is_database(path: Path) -> bool:
-    if not path.is_file() or not path.stat().st_size:
+    if not path.is_file() or path.stat().st_size < SMALLEST_DATABASE:  # SQLite takes a shorter file for an empty one
         return False
     try:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True)) as connection:

@@ -1,7 +1,8 @@
 """Collect complete recordings by requesting them from a running proxy, as any client would.
 
-One request records one branch, which is on disk before the next request takes its slot. A finished branch is therefore
-never lost and never paid for twice. Several processes may collect into one file; they share the work.
+One request records several branches of a question. They are on disk before another request takes their slots. A
+finished branch is therefore never lost and never paid for twice. Several processes may collect into one file; they
+share the work.
 
 With a budget, each request states its maximum cost, which the proxy enforces. That amount is reserved for the request.
 """
@@ -19,7 +20,7 @@ from typing import Final, NamedTuple
 
 import openai
 
-from discovery.data.collection_client import CONNECT_S, CollectionClient, FailedRequest, find_model
+from discovery.data.collection_client import CollectionClient, FailedRequest, Send, find_model, open_client
 from discovery.data.collection_file import CollectionFile, branch_cost
 from discovery.data.collection_plan import BranchKey, CollectionPlan
 from discovery.data.importers import RecordingLine, format_recording_line
@@ -32,10 +33,10 @@ BACKOFF_S: Final = 1.0
 """Seconds before the first retry if the proxy names none; each further retry waits twice as long."""
 MAX_WAIT_S: Final = 300.0
 """Longest wait before a retry, whatever the proxy asks for."""
-BRANCH_TIMEOUT_S: Final = 6 * 3600.0
-"""Seconds without any response after which a branch is given up."""
 POLL_S: Final = 0.5
 """Seconds between checks for branches that other processes have written."""
+BRANCHES_PER_REQUEST: Final = 16
+"""Branches of one question that a request asks for. More would leave slots idle until the longest of them ends."""
 SLOTS: Final = 1024
 """Branches that all processes collecting into one file may have in flight together."""
 MAX_EQUAL_REFUSALS: Final = 3
@@ -64,6 +65,7 @@ class CollectionProgress:
     total: int  # branches that are wanted
     done: int = 0  # of them in the file
     mine: int = 0  # branches added by this process
+    without_signals: int = 0  # of them without signals, although the plan asks for signals
     tokens: int = 0  # spent by this process
     spent: int = 0  # tokens of all the plan's branches in the file, and of its lost requests
     reserve: int = 0  # tokens reserved for one more branch
@@ -83,20 +85,23 @@ class Collector:
         questions: Sequence[Question],
         plan: CollectionPlan,
         at_once: int,
+        per_request: int,
         budget: int | None,
         timing: RetryTiming,
         on_change: Callable[[CollectionProgress], None],
+        send: Send | None = None,
     ) -> None:
         self._claims = claims
         self._plan = plan
         self._at_once = at_once
+        self._per_request = per_request
         self._budget = budget
         self._timing = timing
         self._on_change = on_change
         wanted = ((question.question, part) for question in questions for part in range(plan.branches))
         self._questions = {question.question: question for question in questions}
         self._file = CollectionFile(lines, plan, self._questions)
-        self._client = CollectionClient(client, plan, self._file, self._lose)
+        self._client = CollectionClient(client, plan, self._file, self._lose, send)
         self._open = OrderedDict.fromkeys(wanted)  # branches this process has not begun
         self._wanted = frozenset(self._open)
         self._slots = [json.dumps([*plan.identity, slot], sort_keys=True) for slot in range(SLOTS)]
@@ -115,14 +120,14 @@ class Collector:
         running: set[asyncio.Task[None]] = set()
         try:
             while True:
-                while len(running) < self._at_once and (key := self._begin()) is not None:
-                    running.add(asyncio.create_task(self._collect(key)))
+                while batch := self._begin():
+                    running.add(asyncio.create_task(self._collect(batch)))
                 if running:
                     ended, _ = await asyncio.wait(running, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
                     for task in ended:
                         task.result()
                     running -= ended
-                elif self._open and (self._may_begin() or self._elsewhere):
+                elif self._open and (self._room() or self._elsewhere):
                     await asyncio.sleep(POLL_S)
                 else:
                     break
@@ -144,67 +149,106 @@ class Collector:
         progress.seconds = self._timing.clock() - self._began
         self._on_change(progress)
 
-    def _begin(self) -> BranchKey | None:
-        """Claim and return a branch that no process is working on; None if none may be begun now."""
-        if not self._may_begin() or (slot := next(filter(self._claims.take, self._slots), None)) is None:
-            return None
-        while (key := next((key for key in self._open if self._claims.take(self._name(key))), None)) is not None:
-            self._refresh()  # the process that had claimed it may have written it
-            may_begin = self._may_begin()
-            if may_begin and key in self._open:
+    def _begin(self) -> list[BranchKey]:
+        """Claim and return branches of one question that no process is working on; none if none may be begun now."""
+        most = min(self._at_once - len(self._in_flight), self._per_request)
+        slots = self._claim(min(most, self._room()) if most else 0)
+        if not slots:
+            return []
+        self._refresh()  # the processes that had claimed these branches may have written them
+        unwritten = [key for key in slots if key in self._open]
+        batch = unwritten[: self._room()]
+        for key, slot in slots.items():
+            if key in batch:
                 del self._open[key]
                 self._in_flight[key] = slot
-                return key
-            self._claims.give_back(self._name(key))
-            if not may_begin:
+            else:
+                self._claims.give_back(slot)
+                self._claims.give_back(self._name(key))
+        return batch if batch or unwritten else self._begin()
+
+    def _claim(self, most: int) -> dict[BranchKey, str]:
+        """Claim up to `most` branches of the first question that has one. Return the slot of each."""
+        slots: dict[BranchKey, str] = {}
+        question: str | None = None
+        for key in self._open:
+            if len(slots) >= most or question not in (None, key[0]):
                 break
-        self._claims.give_back(slot)
-        return None
+            if not self._claims.take(self._name(key)):
+                continue
+            slot = next(filter(self._claims.take, self._slots), None)
+            if slot is None:
+                self._claims.give_back(self._name(key))
+                break
+            slots[key], question = slot, key[0]
+        return slots
 
-    def _may_begin(self, more: int = 1) -> bool:
-        """Return whether `more` further requests fit the budget, whatever those in flight will cost.
+    def _room(self) -> int:
+        """Return how many further branches may be requested, whatever those in flight will cost.
 
-        With a budget, or branches of an earlier run, the first request goes alone. It shows how often branches are
+        With a budget, or branches of an earlier run, the first branch goes alone. It shows how often branches are
         probed, which sets the reserve of the others, and whether the proxy still records as it did.
         """
-        is_first = more and not self._is_version_known
-        if is_first and self._in_flight and (self._file.version is not None or self._budget is not None):
-            return False
+        is_first = not self._is_version_known and (self._file.version is not None or self._budget is not None)
+        if is_first and self._in_flight:
+            return 0
+        room = 1 if is_first else SLOTS
         if self._budget is None:
-            return True
+            return room
+        unreserved = self._unreserved()
+        if is_first and self._file.version is None and self._elsewhere:
+            return 0
+        return min(room, max(0, unreserved // self._progress.reserve))
+
+    def _unreserved(self) -> int:
+        """Return how much of the budget is neither spent nor reserved. It may be below zero."""
         self._elsewhere = self._claims.elsewhere(self._slots)
         self._refresh()  # after counting: a branch that has left its slot since is in the file
         self._progress.reserve = self._reserve()
-        if is_first and self._file.version is None and self._elsewhere:
-            return False
-        in_flight = len(self._in_flight) + self._elsewhere + more
-        return self._file.spent + in_flight * self._progress.reserve <= self._budget
+        in_flight = len(self._in_flight) + self._elsewhere
+        return (self._budget or 0) - self._file.spent - in_flight * self._progress.reserve
 
     def _reserve(self) -> int:
         """Return the tokens to reserve for a branch."""
         version = self._file.version
         return self._plan.reserved_tokens(None if version is None else version.interval)
 
-    async def _collect(self, key: BranchKey) -> None:
-        """Record one branch, or the reason why it was skipped."""
-        question, part = key
+    async def _collect(self, batch: Sequence[BranchKey]) -> None:
+        """Record branches of one question, or the reason why they were skipped."""
+        question = batch[0][0]
         try:
-            result = await self._request(key)
-            if result is None:
-                self._open[key] = None
-            elif isinstance(result, RecordingLine):
-                self._is_version_known = True
-                recorded = result.recorded()
-                self._file.add(format_recording_line(recorded, result.part))
-                self._progress.mine += 1
-                self._progress.tokens += branch_cost(recorded.branches[0])
-            elif result.is_about_question:
-                self._refuse(question, result.message)
+            failure = await self._request(batch)
+            missing = [key for key in batch if key in self._in_flight]
+            if failure is None:
+                self._open |= dict.fromkeys(missing)
+            elif failure.is_about_question:
+                self._refuse(question, failure.message)
             else:
-                name = self._questions[question].id
-                self._progress.skipped.append(f"question {name}, branch {part}: {result.message}")
+                named = _name_parts([part for _, part in missing])
+                self._progress.skipped.append(f"question {self._questions[question].id}, {named}: {failure.message}")
         finally:
-            self._claims.give_back(self._in_flight.pop(key))
+            for key in batch:
+                self._leave(key)
+
+    def _record(self, question: str, lines: Sequence[RecordingLine]) -> None:
+        """Write branches of a question to the file, then give their slots back."""
+        if not lines:
+            return
+        self._is_version_known = True
+        recorded = [(line.recorded(), line.part) for line in lines]
+        self._file.add([format_recording_line(*branch) for branch in recorded])
+        for recording, part in recorded:
+            branch = recording.branches[0]
+            self._progress.mine += 1
+            self._progress.without_signals += self._plan.signals and not branch.has_signals
+            self._progress.tokens += branch_cost(branch)
+            self._leave((question, part or 0))
+
+    def _leave(self, key: BranchKey) -> None:
+        """Give back the slot and the claim of a branch that is in flight."""
+        slot = self._in_flight.pop(key, None)
+        if slot is not None:
+            self._claims.give_back(slot)
             self._claims.give_back(self._name(key))
 
     def _refuse(self, question: str, message: str) -> None:
@@ -221,16 +265,25 @@ class Collector:
                 f"the proxy refuses each of the first {MAX_EQUAL_REFUSALS} questions with the same error: {message}"
             )
 
-    async def _request(self, key: BranchKey) -> RecordingLine | FailedRequest | None:
-        """Return a branch, or the last failure after some retries; None if the budget allows no further request."""
-        question, part = key
+    async def _request(self, batch: Sequence[BranchKey]) -> FailedRequest | None:
+        """Request and record branches of one question. Return the last failure after some retries.
+
+        Branches that are still in flight afterwards were not recorded. Without a failure they may be requested later:
+        the budget allows no further request now, or the proxy opens fewer branches per request.
+        """
+        question, result = self._questions[batch[0][0]], None
         for failures in range(RETRIES + 1):
-            if failures and not self._may_begin(0):
+            if failures and self._budget is not None and self._unreserved() < 0:
                 return None
-            cap = None if self._budget is None else self._reserve()
-            result = await self._client.request_branch(self._questions[question], part, cap)
-            if isinstance(result, RecordingLine):
-                return result
+            parts = [part for question_id, part in batch if (question_id, part) in self._in_flight]
+            cap = None if self._budget is None else len(parts) * self._reserve()
+            collected = await self._client.request_branches(question, parts, cap)
+            self._record(question.question, collected.lines)
+            result = collected.failure
+            if result is None:
+                if len(collected.lines) < len(parts):
+                    self._per_request = len(collected.lines)
+                return None
             self._lose(result.tokens)
             if result.is_about_question:
                 break
@@ -273,19 +326,20 @@ async def collect(
     at_once: int = 8,
     budget: int | None = None,
     *,
+    per_request: int = BRANCHES_PER_REQUEST,
     timing: RetryTiming = DEFAULT_TIMING,
     on_change: Callable[[CollectionProgress], None] = lambda _: None,
+    send: Send | None = None,
 ) -> CollectionProgress:
     """Collect the branches of `plan` from the proxy at `url`, whose admin key is `key`, and append branches to `out`.
 
     `budget` limits the tokens of all branches in `out` of this model and these settings, and of failed requests for
-    them, which are recorded in `out`.lost. It is never exceeded, except by requests of a killed process.
+    them, which are recorded in `out`.lost. It is never exceeded, except by requests of a killed process. `at_once`
+    limits the branches in flight, and `per_request` those of one request. `send` sends requests from elsewhere.
 
     Raises CollectError, BadRecording or FileWriteError. The file stays valid then, and also if this is cancelled.
     """
-    base_url = url.rstrip("/").removesuffix("/v1") + "/v1"
-    timeout = openai.Timeout(BRANCH_TIMEOUT_S, connect=CONNECT_S)
-    async with openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=timeout) as client:
+    async with open_client(url, key) as client:
         model, longest = await find_model(client, plan.model)
         plan = replace(plan, model=model, longest=longest)
         if budget is not None and not (plan.max_tokens or longest):
@@ -294,7 +348,14 @@ async def collect(
             )
         claims = WorkClaims(out.with_name(f"{out.name}.lock"))
         try:
-            collector = Collector(client, SharedLines(out), claims, questions, plan, at_once, budget, timing, on_change)
+            collector = Collector(
+                client, SharedLines(out), claims, questions, plan, at_once, per_request, budget, timing, on_change, send
+            )
             return await collector.run()
         finally:
             claims.close()
+
+
+def _name_parts(parts: Sequence[int]) -> str:
+    """Return text that names branches by their numbers, as in `branch 3` and `branches 0, 1, 4`."""
+    return f"branch {parts[0]}" if len(parts) == 1 else f"branches {', '.join(map(str, parts))}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from discovery.data.collection_plan import BranchKey, CollectionPlan
 from discovery.data.importers import parse_recording_line
@@ -35,9 +35,9 @@ class CollectionFile:
         self._lines.repair()
         self._lost.repair()
 
-    def add(self, line: str) -> None:
-        """Append a branch's line, its end included."""
-        self._lines.append(line)
+    def add(self, lines: Sequence[str]) -> None:
+        """Append the lines of branches, their ends included. They are on disk together when this returns."""
+        self._lines.append("".join(lines))
 
     def add_lost_tokens(self, tokens: int) -> None:
         """Record tokens that were spent on a failed request."""
@@ -97,7 +97,7 @@ class CollectionFile:
             return
         split = current.split or default_split(current.question)
         for name, known, now in (
-            ("reference", recorded.reference, current.reference),
+            ("reference", recorded.reference, current.recorded_reference),
             ("split", recorded.split.value, split.value),
         ):
             if known != now:

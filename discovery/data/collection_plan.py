@@ -14,6 +14,9 @@ MIN_INTERVAL: Final = 32
 CLOSING_TOKENS: Final = 1024
 """Tokens of a request's limit that the proxy reserves to close its reply, in addition to an eighth of the limit."""
 
+REPLY_KINDS: Final = ("tools", "json")
+"""Answer kinds of whole replies, which are not probed."""
+
 BranchKey = tuple[str, int]
 """A branch: the `question_id` of its question, and its number among that question's branches."""
 
@@ -30,6 +33,7 @@ class CollectionPlan:
     top_p: float | None = None
     max_tokens: int | None = None  # per branch
     keep_text: bool = False  # store questions, not only their hashes
+    signals: bool = False  # record confidences too; branches with and without them belong to one plan
     longest: int = 0  # tokens a branch may have if `max_tokens` is not set; 0 if unknown
 
     @property
@@ -51,7 +55,7 @@ class CollectionPlan:
     def reserved_tokens(self, interval: int | None) -> int:
         """Return the most tokens a branch may cost. `interval` is the tokens between probes, or None if unknown."""
         tokens = self.max_tokens or self.longest
-        probes = -(-tokens // (interval or MIN_INTERVAL))
+        probes = 0 if self.answer in REPLY_KINDS else -(-tokens // (interval or MIN_INTERVAL))
         return (tokens + probes * PROBE_TOKENS) * 8 // 7 + CLOSING_TOKENS
 
     def includes(self, line: RecordingLine) -> bool:

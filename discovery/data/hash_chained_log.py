@@ -42,6 +42,25 @@ class ChainFormat(Generic[Record]):
     own_hash: Callable[[bytes, Record], str] = lambda line, _: hash_line(line)  # the hash the next record must hold
     starts_at_origin: bool = True  # False if the first line may follow lines that were moved away
 
+    def verify(self, lines: Iterable[bytes], name: object) -> list[Record]:
+        """Parse lines and check that each follows the one before. Raises DamagedLog, which names the first bad line.
+
+        `name` says in the message where the lines are.
+        """
+        records: list[Record] = []
+        expected = self.origin if self.starts_at_origin else None
+        for number, line in enumerate(lines, 1):
+            try:
+                record = self.parse(line)
+            except ValueError as error:
+                raise DamagedLog(f"{name}: line {number} is not a valid record: {error}") from None
+            if expected is not None and self.previous_hash(record) != expected:
+                place = f"does not follow line {number - 1}" if records else "is not the first line of the log"
+                raise DamagedLog(f"{name}: line {number} {place}; a line was changed, moved or removed")
+            expected = self.own_hash(line, record)
+            records.append(record)
+        return records
+
 
 class LogContent(NamedTuple):
     """The bytes of a log, not verified."""
@@ -55,15 +74,14 @@ class LogContent(NamedTuple):
         return sum(len(line) + 1 for line in self.lines)
 
 
-class HashChainedLog(Generic[Record]):
-    """A log in a file; a file that does not exist has no lines.
+class LogFile:
+    """The lines of a log in a file; a file that does not exist has none.
 
     The caller makes sure that only one process writes at a time.
     """
 
-    def __init__(self, path: Path, chain: ChainFormat[Record]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._chain = chain
 
     def load(self) -> LogContent:
         """Read the lines without verifying them. Raises DamagedLog if the file cannot be read."""
@@ -74,22 +92,6 @@ class HashChainedLog(Generic[Record]):
         except OSError as error:
             raise DamagedLog(f"{self.path}: {error.strerror}") from None
         return LogContent(lines, torn)
-
-    def verify(self, lines: Iterable[bytes]) -> list[Record]:
-        """Parse lines and check that each follows the one before. Raises DamagedLog, which names the first bad line."""
-        records: list[Record] = []
-        expected = self._chain.origin if self._chain.starts_at_origin else None
-        for number, line in enumerate(lines, 1):
-            try:
-                record = self._chain.parse(line)
-            except ValueError as error:
-                raise DamagedLog(f"{self.path}: line {number} is not a valid record: {error}") from None
-            if expected is not None and self._chain.previous_hash(record) != expected:
-                place = f"does not follow line {number - 1}" if records else "is not the first line of the log"
-                raise DamagedLog(f"{self.path}: line {number} {place}; a line was changed, moved or removed")
-            expected = self._chain.own_hash(line, record)
-            records.append(record)
-        return records
 
     def append(self, line: bytes) -> None:
         """Append a line; it is on the disk when this returns, but a crash may leave it torn. Raises OSError."""
@@ -108,3 +110,15 @@ class HashChainedLog(Generic[Record]):
         content = self.load()
         if content.torn:
             os.truncate(self.path, content.size)
+
+
+class HashChainedLog(LogFile, Generic[Record]):
+    """A log in a file whose lines form a chain."""
+
+    def __init__(self, path: Path, chain: ChainFormat[Record]) -> None:
+        super().__init__(path)
+        self._chain = chain
+
+    def verify(self, lines: Iterable[bytes]) -> list[Record]:
+        """Return the records of lines of this file. Raises DamagedLog, which names the first bad line."""
+        return self._chain.verify(lines, self.path)

@@ -14,14 +14,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from controllers.signals import MAX_CONFIDENCE
 from discovery.data.recordings import (
     MAX_BRANCH_TOKENS,
+    REPLY,
     Cell,
     LabelSource,
     Origin,
     RecordedBranch,
     RecordedQuestion,
     Split,
+    check_signals,
     default_split,
     question_id,
 )
@@ -132,6 +135,10 @@ def _branches(branches: Sequence[Any]) -> Iterator[RecordedBranch]:
         yield RecordedBranch(probes, tokens, final)
 
 
+Signals = list[Annotated[int, Field(ge=0, le=MAX_CONFIDENCE)] | None]
+"""Signals of one branch, in per mille; null where unknown."""
+
+
 class BranchLine(BaseModel):
     """One branch in a line of the generic format."""
 
@@ -144,12 +151,23 @@ class BranchLine(BaseModel):
         default_factory=list, description="cost of each probe; empty means they cost nothing"
     )
     complete: bool = Field(True, description="whether it ran to its end")
+    confidences: Signals = Field(
+        default_factory=list, description="of each interval, also the one after the last probe, in per mille"
+    )
+    lowests: Signals = Field(default_factory=list, description="of the least confident window of each interval")
+    probe_confidences: Signals = Field(default_factory=list, description="of each probe's answer, in per mille")
 
     @model_validator(mode="after")
-    def _costs_fit(self) -> BranchLine:
+    def _lists_fit(self) -> BranchLine:
         if self.probe_tokens and len(self.probe_tokens) != len(self.probes):
             raise ValueError(f"{len(self.probe_tokens)} probe_tokens for {len(self.probes)} probes")
+        check_signals(self.recorded())
         return self
+
+    def recorded(self) -> RecordedBranch:
+        """Return the branch that it holds."""
+        signals = (self.confidences or (), self.lowests or (), self.probe_confidences or ())
+        return RecordedBranch(self.probes, self.tokens, self.final, self.probe_tokens, self.complete, *signals)
 
 
 class RecordingLine(BaseModel):
@@ -190,6 +208,8 @@ class RecordingLine(BaseModel):
             raise ValueError("question or id is needed")
         if self.question is not None and self.id is not None and self.id != question_id(self.question):
             raise ValueError("id is not the SHA-256 of question")
+        if self.sampling.get("branch") == REPLY and any(branch.probes for branch in self.branches):
+            raise ValueError("branches are whole replies (sampling.branch), which have no probes; leave probes empty")
         if self.part is not None and len(self.branches) != 1:
             raise ValueError(f"{len(self.branches)} branches in a line that is part {self.part}")
         return self
@@ -202,7 +222,7 @@ class RecordingLine(BaseModel):
             model=self.model,
             benchmark=self.benchmark,
             interval=self.interval,
-            branches=[RecordedBranch(**branch.model_dump()) for branch in self.branches],
+            branches=[branch.recorded() for branch in self.branches],
             reference=self.reference,
             label_source=LabelSource(self.label_source),
             split=Split(self.split) if self.split else default_split(identity),
@@ -309,5 +329,8 @@ def format_recording_line(recorded: RecordedQuestion, part: int | None = None) -
 
 
 def _branch_line(branch: RecordedBranch) -> BranchLine:
-    lists = {"probes": list(branch.probes), "probe_tokens": list(branch.probe_tokens)}
+    lists: dict[str, Any] = {
+        name: list(getattr(branch, name))
+        for name in ("probes", "probe_tokens", "confidences", "lowests", "probe_confidences")
+    }
     return BranchLine.model_construct(**branch._asdict() | lists)

@@ -2,7 +2,8 @@
 
 The text is a sequence of 32-bit integers, compressed and in base64. Each round has its number of actions and of facts,
 then three numbers for each action (verb, branch or label, intervals) and five for each fact (branch, label, tokens,
-intervals, finished). It compresses well, because branches that run side by side repeat nearly the same numbers.
+intervals, flags). It compresses well, because branches that run side by side repeat nearly the same numbers. The lowest
+bit of the flags says whether the branch finished. The others are the signals as one number, 0 if they are unknown.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 
 from controllers import Action, Advanced, ControllerError, Fact, Probed, Round, Verb
 from controllers.actions import ANSWER
+from controllers.signals import pack_signals, unpack_signals
 from discovery.errors import TraceError
 
 MAX_UNPACKED_BYTES: Final = 64 * 2**20
@@ -42,9 +44,13 @@ def pack_rounds(rounds: Sequence[Round]) -> str:
             label = fact.label
             number = NONE if label is None else label
             if type(fact) is Advanced:
-                flat += (fact.branch, number, fact.tokens, fact.intervals, fact.finished)
+                flags = int(fact.finished)
+                if fact.confidence is not None or fact.lowest is not None:
+                    flags += 2 * pack_signals(fact.confidence, fact.lowest)
+                flat += (fact.branch, number, fact.tokens, fact.intervals, flags)
             else:
-                flat += (fact.branch, number, fact.tokens, NONE, 0)
+                flags = 0 if fact.confidence is None else 2 * pack_signals(fact.confidence, None)
+                flat += (fact.branch, number, fact.tokens, NONE, flags)
     numbers = array("i", flat)
     if sys.byteorder == "big":
         numbers.byteswap()
@@ -85,10 +91,9 @@ def _action(verb: int, branch: int, intervals: int) -> Action:
     return Action(Verb(verb), branch, intervals)
 
 
-def _fact(branch: int, label: int, tokens: int, intervals: int, finished: int) -> Fact:
+def _fact(branch: int, label: int, tokens: int, intervals: int, flags: int) -> Fact:
     number = None if label == NONE else label
-    return (
-        Probed(branch, number, tokens)
-        if intervals == NONE
-        else Advanced(branch, intervals, tokens, bool(finished), number)
-    )
+    confidence, lowest = unpack_signals(flags >> 1)
+    if intervals == NONE:
+        return Probed(branch, number, tokens, confidence)
+    return Advanced(branch, intervals, tokens, bool(flags & 1), number, confidence, lowest)

@@ -12,18 +12,29 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from hashlib import sha256
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from controllers.actions import Advanced
+from controllers.signals import MAX_CONFIDENCE, Signal
 from discovery.answers.redaction import is_redacted, redacted
 
 NO_ANSWER = -1
+UNKNOWN: Final = -1
+"""Stands for an unknown signal in a recording's arrays."""
 DEFAULT_TEMPERATURE: Final = "default"
 """`branch_temperature` in a recording's sampling where branches were sampled at the model's own default temperature."""
+REPLY: Final = "reply"
+"""`branch` in a recording's sampling where each branch is a whole reply of the upstream, which was not probed."""
+REPLY_FIELDS: Final = ("tools", "tool_choice", "parallel_tool_calls", "response_format", "structured_outputs")
+"""Fields of a request that belong to its question, beside the messages: they say what a reply may be."""
 MAX_BRANCH_TOKENS: Final = 2**31 - 1
 """Largest token count of a branch: the maximum of a 32-bit integer."""
+
+_NO_FIELDS: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 class Split(StrEnum):
@@ -59,13 +70,45 @@ class Cell(NamedTuple):
 
 
 class RecordedBranch(NamedTuple):
-    """One branch as it was recorded, answers as text."""
+    """One branch as it was recorded, answers as text.
+
+    Signals are in per mille (`controllers.signals`); an empty sequence means that they are unknown.
+    """
 
     probes: Sequence[str | None]  # the answer after each whole interval; None if it was unreadable
     tokens: int  # the chain's length, as far as known
     final: str | None  # the finished chain's answer
     probe_tokens: Sequence[int] = ()  # cost of each probe; empty means they cost nothing
     complete: bool = True  # it ran to its end; otherwise it is censored and its continuation unknown
+    confidences: Sequence[int | None] = ()  # of each interval, also of the one after the last probe
+    lowests: Sequence[int | None] = ()  # of the least confident window in each of these intervals
+    probe_confidences: Sequence[int | None] = ()  # of each probe's answer
+
+    @property
+    def has_signals(self) -> bool:
+        """Whether any of its signals were recorded."""
+        return bool(self.confidences or self.lowests or self.probe_confidences)
+
+
+def check_signals(branch: RecordedBranch) -> None:
+    """Raise ValueError unless a branch's signals are in range and fit its intervals and probes."""
+    probes, least = len(branch.probes), len(branch.probes) + branch.complete
+    for name in ("confidences", "lowests", "probe_confidences"):
+        for value in getattr(branch, name):
+            if value is not None and not (type(value) is int and 0 <= value <= MAX_CONFIDENCE):
+                raise ValueError(f"{name} has {value!r}; use null or an integer from 0 to {MAX_CONFIDENCE}")
+    if len(branch.probe_confidences) not in (0, probes):
+        raise ValueError(f"{len(branch.probe_confidences)} probe_confidences for {probes} probes")
+    count = len(branch.confidences)
+    if len(branch.lowests) != count:
+        raise ValueError(f"{count} confidences but {len(branch.lowests)} lowests; each interval needs both")
+    if any((sure is None) != (lowest is None) for sure, lowest in zip(branch.confidences, branch.lowests, strict=True)):
+        raise ValueError("an interval has only one of confidence and lowest; both are known, or both are null")
+    if count and (count < least or (branch.complete and count > least)):
+        raise ValueError(
+            f"{count} confidences for {probes} probes; a complete branch has one more than probes, "
+            "and a censored branch at least as many"
+        )
 
 
 @dataclass(frozen=True)
@@ -97,6 +140,11 @@ class RecordedQuestion:
     def complete(self) -> bool:
         """Whether every branch ran to its end; only such recordings are scored."""
         return all(branch.complete for branch in self.branches)
+
+    @property
+    def has_probes(self) -> bool:
+        """Whether its branches were probed; whole replies of the upstream cannot be."""
+        return self.sampling.get("branch") != REPLY
 
     @property
     def version(self) -> Version:
@@ -142,8 +190,14 @@ def question_id(text: str) -> str:
     return sha256(text.encode()).hexdigest()
 
 
-def question_text(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Return the text of a conversation: the content of a single user message, else all messages as JSON."""
+def question_text(messages: Sequence[Mapping[str, Any]], fields: Mapping[str, Any] = _NO_FIELDS) -> str:
+    """Return the text of a conversation: the content of a single user message, else all messages as JSON.
+
+    With any of REPLY_FIELDS among the request's `fields`, it is an object of the messages and those fields.
+    """
+    asked = {name: fields[name] for name in REPLY_FIELDS if fields.get(name) not in (None, [], {})}
+    if asked:
+        return json.dumps({"messages": list(messages), **asked}, sort_keys=True, ensure_ascii=False)
     if len(messages) == 1 and messages[0].get("role") == "user" and isinstance(messages[0].get("content"), str):
         return str(messages[0]["content"])
     return json.dumps(list(messages), sort_keys=True, ensure_ascii=False)
@@ -161,6 +215,13 @@ class BranchRow(NamedTuple):
     tokens: int
     final: int
     complete: bool
+    confidences: Sequence[int] = ()  # of each interval, in order, UNKNOWN if unknown; empty if all are unknown
+    lowests: Sequence[int] = ()  # of each interval, likewise
+    probe_confidences: Sequence[int] = ()  # of each probe, in order; empty if all are unknown
+
+
+def _no_signals() -> NDArray[np.int16]:
+    return _frozen((), np.int16)
 
 
 @dataclass(frozen=True)
@@ -168,7 +229,8 @@ class Recording:
     """All recorded branches of one question with one model, answers as numbers.
 
     Shapes: b branches; `probes` is one flat array of all branches' probe answers, with branch i's from `starts[i]` to
-    `starts[i + 1]`. All arrays are read-only.
+    `starts[i + 1]`. A branch has one interval more than probes, so its intervals start at `starts[i] + i`. All arrays
+    are read-only. Arrays of signals are in per mille, with UNKNOWN for unknown values, and empty if all are unknown.
     """
 
     question: str  # `question_id` of its text
@@ -182,6 +244,10 @@ class Recording:
     finals: NDArray[np.int32]  # (b,) answer of each finished chain
     complete: NDArray[np.bool_]  # (b,) False where the branch is censored
     greedy_first: bool = False  # the first branch was generated at temperature 0, the others were sampled
+    confidences: NDArray[np.int16] = field(default_factory=_no_signals)  # (sum of intervals,)
+    lowests: NDArray[np.int16] = field(default_factory=_no_signals)  # (sum of intervals,)
+    probe_confidences: NDArray[np.int16] = field(default_factory=_no_signals)  # (sum of probes,)
+    has_probes: bool = True  # otherwise branches are whole replies, whose probes stand for intervals only
 
     @cached_property
     def rows(self) -> list[BranchRow]:
@@ -190,10 +256,37 @@ class Recording:
         probes, finals = (np.where(numbers == NO_ANSWER, none, numbers) for numbers in (self.probes, self.finals))
         spans = [slice(*cut) for cut in itertools.pairwise(self.starts.tolist())]
         columns = zip(spans, self.tokens.tolist(), finals.tolist(), self.complete.tolist(), strict=True)
-        return [
+        rows = [
             BranchRow(probes[span][::-1].tolist(), self.probe_tokens[span][::-1].tolist(), *column)
             for span, *column in columns
         ]
+        if not self.signals:
+            return rows
+        intervals = [slice(span.start + index, span.stop + index + 1) for index, span in enumerate(spans)]
+        return [
+            row._replace(
+                confidences=self.confidences[interval].tolist(),
+                lowests=self.lowests[interval].tolist(),
+                probe_confidences=self.probe_confidences[span].tolist(),
+            )
+            for row, span, interval in zip(rows, spans, intervals, strict=True)
+        ]
+
+    @cached_property
+    def signals(self) -> frozenset[Signal]:
+        """The signals that are known of any of its branches."""
+        known = {Signal.INTERVALS: self.confidences, Signal.PROBES: self.probe_confidences}
+        return frozenset(signal for signal, values in known.items() if values.size)
+
+    @property
+    def has_signals(self) -> bool:
+        """Whether any signals were recorded."""
+        return bool(self.signals)
+
+    @cached_property
+    def signalled_steps(self) -> dict[tuple[int, int], list[Advanced | None]]:
+        """Facts of whole intervals with signals, by branch and the id it is opened as. Replay fills it in."""
+        return {}
 
     @cached_property
     def has_probe_costs(self) -> bool:
@@ -212,7 +305,7 @@ def intern_answers(recorded: RecordedQuestion, label: Callable[[str], Hashable |
     Answers with equal `label`s are the same; an answer whose label is None counts as none. If an answer or the
     reference is redacted, answers are compared by their redacted forms.
     """
-    branches = recorded.branches
+    branches = recorded.branches if recorded.has_probes else [_in_intervals(b, recorded) for b in recorded.branches]
     texts = (*(text for branch in branches for text in (*branch.probes, branch.final)), recorded.reference)
     hidden = any(answer is not None and is_redacted(answer) for answer in texts)
     numbers: dict[Hashable, int] = {}
@@ -249,7 +342,27 @@ def intern_answers(recorded: RecordedQuestion, label: Callable[[str], Hashable |
         finals=_frozen(finals),
         complete=_frozen([branch.complete for branch in branches], np.bool_),
         greedy_first=recorded.sampling.get("temperature") == 0,
+        confidences=_signal_array([(b.confidences, len(b.probes) + 1) for b in branches]),
+        lowests=_signal_array([(b.lowests, len(b.probes) + 1) for b in branches]),
+        probe_confidences=_signal_array([(b.probe_confidences, len(b.probes)) for b in branches]),
+        has_probes=recorded.has_probes,
     )
+
+
+def _in_intervals(reply: RecordedBranch, recorded: RecordedQuestion) -> RecordedBranch:
+    """Return a whole reply with an empty probe after each interval but the last, by which replay counts intervals."""
+    return reply._replace(probes=[None] * max(0, -(-reply.tokens // recorded.interval) - reply.complete))
+
+
+def _signal_array(branches: Sequence[tuple[Sequence[int | None], int]]) -> NDArray[np.int16]:
+    """Return the values of all branches, cut or filled up to the given lengths; none if all are unknown."""
+    if not any(value is not None for values, length in branches for value in values[:length]):
+        return _no_signals()
+    numbers: list[int] = []
+    for values, length in branches:
+        known = [UNKNOWN if value is None else value for value in values[:length]]
+        numbers += known + [UNKNOWN] * (length - len(known))
+    return _frozen(numbers, np.int16)
 
 
 def _frozen(values: Any, dtype: Any = np.int32) -> NDArray[Any]:

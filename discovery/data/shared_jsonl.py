@@ -46,12 +46,12 @@ class SharedLines:
         self._count += len(lines)
         return lines
 
-    def append(self, line: str) -> None:
-        """Append `line`, which includes its line end. It is on disk when this returns."""
+    def append(self, lines: str) -> None:
+        """Append a line or several, which include their line ends. They are on disk when this returns."""
         with self._locked(os.O_CREAT) as descriptor:
             size = os.fstat(descriptor).st_size
             try:
-                _write(descriptor, line.encode())
+                _write(descriptor, lines.encode())
                 os.fsync(descriptor)
             except OSError:
                 os.ftruncate(descriptor, size)

@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from controllers import Action, Advanced, Fact, Limits, Probed, Round, State, Verb, advance, branch, probe
 from controllers.actions import PRUNE
 from controllers.loading import Spec
+from controllers.signals import pack_signals, unpack_signals
+from controllers.voting import mean_confidences
 from discovery.data.atomic_files import atomic_write
 from discovery.data.recordings import Cell, Recording
 from discovery.data.safe_json import parse_json
@@ -67,16 +69,22 @@ class FactNumbers(dict[int, int]):
 
     @property
     def table(self) -> NDArray[np.int64]:
-        """The facts by number: (facts, 6), with kind, branch, intervals, tokens, finished and label."""
+        """The facts by number: (facts, 6), with kind, branch, intervals, tokens, finished and label.
+
+        If any fact has signals, there is a seventh column with them.
+        """
         advanced = [fact if type(fact) is Advanced else None for fact in self._facts]
-        columns = (
+        columns: list[Sequence[int]] = [
             [PROBED if fact is None else ADVANCED for fact in advanced],
             [fact.branch for fact in self._facts],
             [0 if fact is None else fact.intervals for fact in advanced],
             [fact.tokens for fact in self._facts],
             self._finishes,
             [NONE if fact.label is None else fact.label for fact in self._facts],
-        )
+        ]
+        signals = [pack_signals(fact.confidence, getattr(fact, "lowest", None)) for fact in self._facts]
+        if any(signals):
+            columns.append(signals)
         return np.stack([np.array(column, np.int64) for column in columns], axis=1)
 
 
@@ -176,11 +184,12 @@ def _number(label: int | None) -> int:
 
 
 def _fact(row: Sequence[int]) -> Fact:
-    kind, branch, intervals, tokens, finished, number = row
+    kind, branch, intervals, tokens, finished, number, *signals = row
     label = None if number == NONE else number
+    confidence, lowest = unpack_signals(*signals) if signals else (None, None)
     if kind == ADVANCED:
-        return Advanced(branch, intervals, tokens, bool(finished), label)
-    return Probed(branch, label, tokens)
+        return Advanced(branch, intervals, tokens, bool(finished), label, confidence, lowest)
+    return Probed(branch, label, tokens, confidence)
 
 
 class TracedEpisode(NamedTuple):
@@ -244,6 +253,18 @@ class Trace:
         for played in self.rounds(at):
             state.apply(played.actions, played.facts)
             yield state, played
+
+
+def finished_confidences(state: State) -> dict[int, int]:
+    """Return the mean confidence of the finished branches by label; empty if none is known."""
+    finished = (state.branches[i] for i in state.finished)
+    return mean_confidences((branch.label, branch.confidence) for branch in finished)
+
+
+def running_confidences(state: State) -> dict[int, int]:
+    """Return the mean confidence of the running branches' latest probes by label; empty if none is known."""
+    running = (state.branches[i] for i in state.active)
+    return mean_confidences((branch.label, branch.probe_confidence) for branch in running)
 
 
 def read_trace(path: Path) -> Trace:

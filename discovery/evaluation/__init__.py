@@ -2,3 +2,5 @@
 
 Imported by search, promotion, audit and commands. Imports store and data.
 """
+
+import controllers  # noqa: F401  # before `replay`, which may be compiled

@@ -103,6 +103,12 @@ def mean_afs(by_cell: Sequence[Curve]) -> float:
     return float(np.mean([curve.afs for curve in by_cell]))
 
 
+def mean_paths(by_cell: Sequence[Curve]) -> NDArray[np.float64]:
+    """Return the p95 critical path at each β, averaged over cells, in tokens."""
+    paths: NDArray[np.float64] = np.mean([[point.path for point in curve.points] for curve in by_cell], axis=0)
+    return paths
+
+
 def area_under(line: Sequence[tuple[float, float]], anchor: Anchor) -> float:
     """Return the area under (tokens, accuracy) points by rising β."""
     low, high = anchor.tokens, CHAINS * anchor.tokens
@@ -114,19 +120,6 @@ def area_under(line: Sequence[tuple[float, float]], anchor: Anchor) -> float:
         slope = (at_end - at_start) / (end - start)
         total += (at_start - slope * start) * math.log(right / left) + slope * (right - left)
     return total / math.log(CHAINS)
-
-
-def afs_per_question(line: Sequence[tuple[float, NDArray[np.float64]]], anchor: Anchor) -> NDArray[np.float64]:
-    """Return each question's share of the area, from accuracies per question: (questions,). Their mean is the area.
-
-    The budget axis is the cell's mean tokens, the same for all questions; below β = 0 a question counts as `anchor`
-    does.
-    """
-    questions = len(line[0][1])
-    parts = np.zeros(questions)
-    for at in range(questions):
-        parts[at] = area_under([(tokens, float(accuracy[at])) for tokens, accuracy in line], anchor)
-    return parts
 
 
 def accuracy_at(line: Sequence[tuple[float, float]], anchor: Anchor, budget: float) -> float:

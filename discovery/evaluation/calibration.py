@@ -20,19 +20,22 @@ from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter, ValidationError
 
 from controllers.loading import Spec
+from controllers.voting import lead_probability
 from discovery.data.atomic_files import atomic_write
 from discovery.data.recordings import Cell
 from discovery.errors import DiscoveryError
 from discovery.evaluation.engines import Engine
 from discovery.evaluation.evaluate import AnswerComparison, Evaluation
-from discovery.evaluation.paired_statistics import bootstrap_bounds
-from discovery.evaluation.replay_jobs import ReplayRules
+from discovery.evaluation.paired_statistics import bootstrap_bounds, wilson_interval
+from discovery.evaluation.replay_jobs import VOTE_COLUMNS, ReplayRules
 from discovery.evaluation.score_set import ControllerScores, ScoreSet, cheapest_at_accuracy, score_controllers
 from discovery.evaluation.scores import BOTH_SIDES, Score
 from discovery.evaluation.sources import RecordingSource
 
 RIVAL: Final = Spec("self_consistency")
 """The controller that others must beat on cost."""
+BINS: Final = 10
+"""Bins of a reliability table."""
 
 Beta = Annotated[float, Field(ge=0, le=1)]
 Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -86,6 +89,53 @@ FULL_RANGE: Final = BetaMap(Arm.CONTROLLER, 1.0)
 
 
 @dataclass(frozen=True)
+class ChosenCalibration:
+    """The controller that `autotts calibrate` chose for a model, and the evidence in points of AFS."""
+
+    controller: str
+    digest: str
+    default: str  # the controller that it was compared with
+    advantage: float  # of the choice over the default, cross-validated over questions
+    error: float | None  # its standard error; None with a single question
+    shrunk: float  # advantage, shrunk towards 0 by its spread over models
+    bound: float  # lower bound of `shrunk` at `confidence`; the default is chosen unless it is above 0
+    confidence: float
+    questions: int
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """Episodes with similar predictions, and how many of their answers are right. All shares are in percent."""
+
+    start: Number  # least prediction
+    end: Number  # greatest prediction, which belongs to the next bin
+    predicted: Number  # mean prediction
+    accuracy: Number
+    low: float  # 95 % interval, see `reliability`
+    high: float
+    episodes: int
+    questions: int
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How a predicted share of right answers compares with the observed one."""
+
+    error: Number  # expected calibration error: mean distance of accuracy and prediction over episodes, in points
+    bins: tuple[ReliabilityBin, ...]  # by rising prediction, without empty ones
+
+
+@dataclass(frozen=True)
+class VoteReliability:
+    """Reliability of agreement and confidence in episodes with at least two votes, over all calibrated β."""
+
+    agreement: Reliability
+    confidence: Reliability
+    episodes: int
+    single_votes: int  # episodes with one vote, which are left out: it always agrees with itself
+
+
+@dataclass(frozen=True)
 class Calibration:
     """The calibration of one controller on one model."""
 
@@ -97,6 +147,8 @@ class Calibration:
     map: BetaMap
     answers: str = ""  # how answers were compared; empty if unknown
     others: tuple[Calibration, ...] = ()  # of further controllers on the same model; they have no others themselves
+    choice: ChosenCalibration | None = None  # among several controllers; only in the first calibration of a model
+    reliability: VoteReliability | None = None  # None if unknown, or if no episode had two votes
 
     @property
     def all(self) -> tuple[Calibration, ...]:
@@ -135,6 +187,9 @@ class Calibration:
             data["others"] = [calibration.as_json() for calibration in self.others]
         else:
             del data["others"]
+        for name in ("choice", "reliability"):
+            if data[name] is None:
+                del data[name]
         return data
 
 
@@ -143,7 +198,7 @@ Calibrations = Mapping[str, Calibration]
 _FILE: Final = TypeAdapter(dict[str, Calibration])
 
 
-def calibrate(
+def score_with_rival(
     source: RecordingSource,
     cells: Sequence[Cell],
     specs: Sequence[Spec],
@@ -152,12 +207,14 @@ def calibrate(
     betas: Sequence[float],
     shuffles: int,
     answers: AnswerComparison = AnswerComparison.AUTO,
-) -> Calibrations:
-    """Evaluate controllers and self-consistency on some cells. Raises the errors of `Evaluation.run`."""
+) -> ScoreSet:
+    """Return the scores of controllers and self-consistency on some cells. Raises the errors of `Evaluation.run`."""
     played = list({spec.digest: spec for spec in (*specs, RIVAL)}.values())
-    measured = score_controllers(
-        Evaluation(source, cells, played, sorted(set(betas)), shuffles, answers, rules), engine
-    )
+    return score_controllers(Evaluation(source, cells, played, sorted(set(betas)), shuffles, answers, rules), engine)
+
+
+def calibrate_scores(measured: ScoreSet, specs: Sequence[Spec]) -> Calibrations:
+    """Return the calibrations of controllers from the scores of `score_with_rival`."""
     sides = {side.spec.digest: side for side in measured.sides}
     rival = sides[RIVAL.digest]
     calibrations = {}
@@ -183,7 +240,14 @@ def _of_model(
     line = [] if rival is side else [(point.tokens, point.accuracy) for point in _points(measured, rival, cells)]
     pays = is_worth_its_tokens(best, line)
     return Calibration(
-        side.spec.name, side.spec.digest, points, single, pays, recommend_map(points, line, pays), measured.answers
+        side.spec.name,
+        side.spec.digest,
+        points,
+        single,
+        pays,
+        recommend_map(points, line, pays),
+        measured.answers,
+        reliability=vote_reliability([side.at(cell) for cell in cells]),
     )
 
 
@@ -216,6 +280,55 @@ def _point(beta: float, scores: Sequence[Score], chain: NDArray[np.float64]) -> 
 def _interval(values: NDArray[np.float64]) -> tuple[float | None, float | None]:
     low, high = bootstrap_bounds(values, BOTH_SIDES)
     return (low, high) if math.isfinite(low) else (None, None)
+
+
+def vote_reliability(by_cell: Sequence[Sequence[Score]]) -> VoteReliability | None:
+    """Return how reliable the votes of a controller are; None if no episode has two votes.
+
+    `by_cell` has its scores at each β. Failed episodes are left out, because live the baseline takes over.
+    """
+    tables = []  # (figures, episodes): the question's number, and the columns
+    questions = 0
+    for scores in by_cell:
+        for score in scores:
+            figures = [score.column(name) for name in ("failed", "right", *VOTE_COLUMNS)]
+            numbers = np.broadcast_to(questions + np.arange(score.outcomes.shape[2]), figures[0].shape)
+            tables.append(np.stack([numbers, *figures]).reshape(1 + len(figures), -1))
+        questions += scores[0].outcomes.shape[2]
+    table = np.concatenate(tables, axis=1)
+    number, failed, right, votes, *_ = table
+    is_single, is_several = (failed == 0) & (votes == 1), (failed == 0) & (votes > 1)
+    if not is_several.any():
+        return None
+    number, right, votes = number[is_several], right[is_several], votes[is_several]
+    pairs, places = np.unique(table[4:, is_several], axis=1, return_inverse=True)
+    leads = [lead_probability({0: own, 1: other}, 0) for own, other in pairs.T.tolist()]
+    return VoteReliability(
+        agreement=reliability(pairs[0][places] / votes, right, number),
+        confidence=reliability(np.array(leads, np.float64)[places], right, number),
+        episodes=votes.size,
+        single_votes=int(is_single.sum()),
+    )
+
+
+def reliability(predicted: NDArray[np.float64], right: NDArray[np.int64], questions: NDArray[np.int64]) -> Reliability:
+    """Compare predictions in [0, 1] with what was right, in `BINS` bins of equal width (Guo et al., arXiv 1706.04599).
+
+    All arguments have one value per episode; `questions` are the numbers of their questions. The intervals are
+    Wilson's. Episodes of one question are not independent: n episodes count as many as n² / Σ nᵢ² questions with nᵢ
+    episodes each (Kish's effective sample size).
+    """
+    places = np.minimum((predicted * BINS + 1e-9).astype(int), BINS - 1)
+    bins, error = [], 0.0
+    for place in np.unique(places):
+        members = places == place
+        counts = np.unique(questions[members], return_counts=True)[1]
+        count, mean, share = int(counts.sum()), float(predicted[members].mean()), float(right[members].mean())
+        low, high = wilson_interval(share, count**2 / float((counts**2).sum()))
+        edges = 100 * int(place) / BINS, 100 * int(place + 1) / BINS
+        bins.append(ReliabilityBin(*edges, 100 * mean, 100 * share, low, high, count, len(counts)))
+        error += count / predicted.size * abs(share - mean)
+    return Reliability(100 * error, tuple(bins))
 
 
 def is_worth_its_tokens(point: CalibrationPoint, rival: Sequence[tuple[float, float]]) -> bool:

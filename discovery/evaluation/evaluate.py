@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeVar
 
 from controllers.loading import Spec
 from controllers.sandbox.deadline import Clock
@@ -20,6 +20,7 @@ from discovery.evaluation.replay_jobs import Job, JobResult, ReplayRules, make_j
 from discovery.evaluation.scores import QuestionGrading, Score, gather_scores, recording_limit_warnings
 from discovery.evaluation.sources import RecordingSource
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 Weights = Mapping[LabelSource, float | None]
@@ -100,8 +101,9 @@ class Evaluation:
         self, judge: Judge, graded: dict[Cell, QuestionGrading], branches: dict[Cell, list[int]]
     ) -> Iterator[RecordingBatch]:
         """Yield one batch per cell, read on demand; add its grading to `graded` and branch counts to `branches`."""
-        for cell in self.cells:
-            recorded = scorable_recordings(self.source, cell, self.weights, self.version)
+        for cell, recorded in each_scorable(
+            self.cells, lambda cell: scorable_recordings(self.source, cell, self.weights, self.version)
+        ):
             weights = [_weight(item, self.weights) for item in recorded]
             answers = self.answers.resolve(recorded)
             graded[cell] = QuestionGrading([item.label_source for item in recorded], weights, answers)
@@ -114,7 +116,32 @@ class Evaluation:
                         f"{spec.name} opens {spec.chains} branches, but {' '.join(cell)} has {most} per question "
                         f"and --max-branches is {self.rules.max_branches}"
                     )
+                if spec.needs_probes and not all(recording.has_probes for recording in recordings):
+                    raise RecordingsNotFound(
+                        f"{spec.name} probes, and the branches of {' '.join(cell)} are whole replies, which have no "
+                        "probes; leave the controller or the cell out"
+                    )
             yield RecordingBatch(recordings, make_jobs(self.specs, self.betas, cell, self.shuffles))
+
+
+def each_scorable(cells: Sequence[Cell], read: Callable[[Cell], T]) -> Iterator[tuple[Cell, T]]:
+    """Yield each cell with what is read of it. Cells of which nothing can be scored are left out with a warning.
+
+    A store of a running proxy has such cells: requests whose right answers nobody knows. Raises RecordingsNotFound if
+    nothing of any cell can be scored.
+    """
+    reasons: list[RecordingsNotFound] = []
+    for cell in cells:
+        try:
+            content = read(cell)
+        except RecordingsNotFound as error:
+            reasons.append(error)
+            continue
+        yield cell, content
+    if len(reasons) == len(cells) and reasons:
+        raise reasons[0]
+    for reason in reasons:
+        log.warning("left out: %s", reason)
 
 
 def read_scorable_cell(

@@ -10,13 +10,14 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from discovery.data.recordings import Cell
 from discovery.evaluation.scores import SEED, paired_interval
+
+C = TypeVar("C")
 
 EXACT: Final = 14
 """Up to this many questions, all sign flips are enumerated."""
@@ -28,8 +29,12 @@ ENOUGH: Final = 20
 TIE: Final = 1e-9
 """Sums are equal if they differ by at most this share of the sum of absolute differences, to allow for rounding."""
 POWER: Final = 0.8
+NORMAL_95: Final = NormalDist().inv_cdf(0.975)
+"""Half the width of a 95 % interval of a normal variable, in standard errors."""
 ONE_SIDED: Final = 5.0
 """Percent beyond a one-sided bound."""
+MOST_QUESTIONS: Final = 1_000_000
+"""More questions are never asked for."""
 
 
 def sequential_alpha(k: int, alpha: float) -> float:
@@ -38,9 +43,9 @@ def sequential_alpha(k: int, alpha: float) -> float:
 
 
 def question_values(
-    values: Mapping[Cell, NDArray[np.float64]], questions: Mapping[Cell, Sequence[str]]
+    values: Mapping[C, NDArray[np.float64]], questions: Mapping[C, Sequence[str]]
 ) -> NDArray[np.float64]:
-    """Return one value per question, by question id, from (questions,) values of each cell.
+    """Return one value per question, by question id, from (questions,) values of each cell or model.
 
     Their mean is the mean over cells. If every cell has the same questions, a value is the question's mean over cells.
     Otherwise cells count equally, as in AFS, and a question counts by the cells it is in.
@@ -103,11 +108,36 @@ def detectable_difference(differences: NDArray[np.float64], alpha: float) -> flo
     """
     if differences.size < 2 or least_p(differences) > alpha:
         return None
-    error = float(differences.std(ddof=1)) / math.sqrt(differences.size)
-    return (_student_quantile(1 - alpha, differences.size - 1) + _student_quantile(POWER, differences.size - 1)) * error
+    return detectable_mean(float(differences.std(ddof=1)), differences.size, alpha, POWER)
 
 
-def _student_quantile(part: float, freedom: int) -> float:
+def detectable_mean(spread: float, questions: int, alpha: float, power: float) -> float:
+    """Return the mean that a test at level `alpha` detects with probability `power`.
+
+    `spread` is the standard deviation over questions.
+    """
+    quantiles = (student_quantile(part, questions - 1) for part in (1 - alpha, power))
+    return sum(quantiles) * spread / math.sqrt(questions)
+
+
+def questions_needed(gain: float, spread: float, alpha: float, power: float = POWER) -> int | None:
+    """Return the fewest questions on which a test at level `alpha` detects a mean of `gain` with probability `power`.
+
+    `spread` is the standard deviation over questions. None if it takes more than `MOST_QUESTIONS`.
+    """
+    if gain <= 0 or not math.isfinite(spread):
+        return None
+    least = max(2, math.ceil(math.log2(1 / alpha)))  # the sign-flip test can then give a p-value of `alpha`
+    low, high = least, MOST_QUESTIONS
+    if detectable_mean(spread, high, alpha, power) > gain:
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if detectable_mean(spread, middle, alpha, power) <= gain else (middle + 1, high)
+    return low
+
+
+def student_quantile(part: float, freedom: int) -> float:
     """Return the `part` quantile of Student's t distribution (Abramowitz and Stegun 26.7.5)."""
     z = NormalDist().inv_cdf(part)
     first = (z**3 + z) / 4
@@ -116,9 +146,9 @@ def _student_quantile(part: float, freedom: int) -> float:
     return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
+def wilson_interval(share: float, count: float) -> tuple[float, float]:
     """Return Wilson's 95 % interval of a share of `count`, in percent."""
-    z = NormalDist().inv_cdf(0.975)
+    z = NORMAL_95
     middle, width = share + z**2 / (2 * count), z * (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
     low, high = ((middle + side * width) / (1 + z**2 / count) for side in (-1, 1))
     return 100 * max(0.0, low), 100 * min(1.0, high)

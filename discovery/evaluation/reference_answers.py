@@ -137,7 +137,7 @@ def interpret_feedback(episode: ServedEpisode | None, feedback: Feedback) -> Ans
         value = parse_json(feedback.value)
     except ValueError:
         return None
-    answer, weight = episode.answer, 0.0
+    answer, weight = episode.about.get("reply_class", episode.recorded_answer), 0.0
     if feedback.kind == "answer" and isinstance(value, str):
         answer, weight = value, 1.0
     elif feedback.kind == "correct" and isinstance(value, bool):
@@ -174,7 +174,8 @@ def compute_labels(
     inputs: LabelInputs, references: Sequence[Question], min_margin: float, min_branches: int, judge: Judge
 ) -> LabelChanges:
     """Return the labels that differ from the current ones. The same inputs give the same result."""
-    given = {item.question: item.reference for item in references if item.reference is not None}
+    stated = ((item.question, item.recorded_reference) for item in references)
+    given = {question: reference for question, reference in stated if reference is not None}
     known = {question: answer for question, answer in given.items() if question in inputs.questions}
     own = _answers_by_question(LabelSource.REFERENCE, filter(None, inputs.questions.values()))
     right = {**_answers_by_question(LabelSource.REFERENCE, inputs.labels), **known, **own}

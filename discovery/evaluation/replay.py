@@ -1,21 +1,28 @@
-"""Replay of a recorded question: an environment that runs recorded branches again without a model."""
+"""Replay of a recorded question: an environment that runs recorded branches again without a model.
+
+This module can be compiled (`controllers/core/compiled.py`). Loops copy what they read from other modules into local
+names, which is faster.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
+from typing import Final
 
-from controllers import TO_END, Action, Advanced, Fact, Probed
+from controllers import TO_END, Action, Advanced, Fact, Probed, Signal
 from controllers.actions import BRANCH, CONTINUE, PROBE
-from discovery.data.recordings import BranchRow, Recording
+from controllers.signals import NO_SIGNALS, combine
+from discovery.data.recordings import UNKNOWN, BranchRow, Recording
 from discovery.errors import BranchCensored
 
-SHORT = 8
+SHORT: Final = 8
 """Advances of fewer intervals are looked up instead of constructed."""
-UNSEEN = -1
-"""Label of an answer that has not been revealed yet."""
+NO_LABEL: Final = -1
+"""In place of the label of an unreadable answer."""
+UNSEEN: Final = -2
+"""In place of the label of an answer that has not been revealed yet."""
 
 
 @lru_cache(maxsize=1024)
@@ -40,16 +47,22 @@ class ReplayEnvironment:
 
     `order` lists recorded branches in the order in which they are opened. An interval costs Δ tokens while probes
     remain. The one after the last probe finishes the branch at the cost of the rest of the chain, never less than 0. A
-    branch opened to its end costs its length. A probe costs what was recorded, or `probe_tokens` if given. Raises
-    BranchCensored if no recorded branch is left to open.
+    branch opened to its end costs its length. A probe costs what was recorded, or `probe_tokens` if given. Facts carry
+    those of the `signals` that were recorded. Raises BranchCensored if no recorded branch is left to open.
     """
 
-    def __init__(self, recording: Recording, order: Sequence[int], probe_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        recording: Recording,
+        order: Sequence[int],
+        probe_tokens: int | None = None,
+        signals: frozenset[Signal] = NO_SIGNALS,
+    ) -> None:
         self.recording = recording
         self.order = order
         self.revealed: list[int] = []  # by label: the recording's answer number
         self.critical_path = 0  # sequential tokens: sum over rounds of the tokens of the branch that ran longest
-        self._labels: list[int | None] = [UNSEEN] * len(recording.answers) + [None]  # by answer number; last: no answer
+        self._labels = [UNSEEN] * len(recording.answers) + [NO_LABEL]  # by answer number; last: no answer
         self._rows = recording.rows
         self._opened: list[BranchRow] = []
         self._probes: list[Sequence[int]] = []  # probe answers of each opened branch
@@ -60,17 +73,22 @@ class ReplayEnvironment:
         self._delta = recording.interval
         self._steps = _steps(recording.interval, len(order))
         self._probe_facts = _probe_facts(self._probe_tokens, len(order))
+        self._signals = _SignalAdder(recording, order, signals) if signals & recording.signals else None
 
     async def execute(self, actions: Sequence[Action]) -> Sequence[Fact]:
+        return self.carry_out(actions)
+
+    def carry_out(self, actions: Sequence[Action]) -> Sequence[Fact]:
+        """Execute one round. A method of its own, because compiled coroutines keep their variables in an object."""
         facts: list[Fact] = []
-        add = facts.append
         left, steps, probes, labels = self._left, self._steps, self._probes, self._labels
-        probe_facts = self._probe_facts
+        probe_facts, charged = self._probe_facts, self._charged
         has_costs, most, longest = self._has_probe_costs, 0, 0  # intervals, tokens
-        before, repeated = -1, self._charged  # tokens of a branch that advances twice or pays for probes must be summed
+        before, repeated = -1, False  # tokens of a branch that advances twice or pays for probes must be summed
+        advances, asks = CONTINUE, PROBE
         for action in actions:
             verb, index = action.verb, action.branch
-            if verb is CONTINUE:
+            if verb is advances:
                 intervals = action.intervals
                 rest = left[index] - intervals
                 if index <= before:
@@ -78,7 +96,7 @@ class ReplayEnvironment:
                 before = index
                 if rest < 0:
                     fact = self._finish(index)
-                    add(fact)
+                    facts.append(fact)
                     if fact.tokens > longest:
                         longest = fact.tokens
                 else:
@@ -86,31 +104,30 @@ class ReplayEnvironment:
                     if intervals > most:
                         most = intervals
                     try:
-                        add(steps[index][intervals])
+                        facts.append(steps[index][intervals])
                     except IndexError:
-                        add(self._step(index, intervals))
-            elif verb is PROBE:
-                rest = left[index]
+                        facts.append(self._step(index, intervals))
+            elif verb is asks:
+                rest, repeated = left[index], repeated or charged
                 if rest < 0 or has_costs:
-                    add(self._probe(index))
+                    facts.append(self._probe(index))
                     continue
                 answer = probes[index][rest]
                 label = labels[answer]
                 if label == UNSEEN:
-                    label = self._label(answer)
+                    label = self._reveal(answer)
                 try:
-                    add(probe_facts[index][label])
-                except KeyError:
-                    probe_facts[index][label] = Probed(index, label, self._probe_tokens)
-                    add(probe_facts[index][label])
+                    facts.append(probe_facts[index][label + 1])
+                except IndexError:
+                    facts.append(self._probe_fact(index, label))
             elif verb is BRANCH:
                 fact = self._open(action.intervals)
-                add(fact)
+                facts.append(fact)
                 before = fact.branch
                 if fact.tokens > longest:
                     longest = fact.tokens
         self.critical_path += _longest(facts) if repeated else max(longest, most * self._delta)
-        return facts
+        return facts if self._signals is None else self._signals.add(facts)
 
     def is_right(self, label: int | None) -> bool:
         """Return whether `label` is the reference answer."""
@@ -129,14 +146,13 @@ class ReplayEnvironment:
         if intervals <= len(row.probes):
             self._left[index] -= intervals
             return self._steps[index][intervals] if intervals < SHORT else self._step(index, intervals)
-        fact = self._finish(index)
-        return replace(fact, tokens=row.tokens) if intervals == TO_END else fact
+        return self._finish(index, row.tokens if intervals == TO_END else None)
 
     def _step(self, index: int, intervals: int) -> Advanced:
         return Advanced(index, intervals, intervals * self._delta, False)
 
-    def _finish(self, index: int) -> Advanced:
-        """Run the rest of branch `index`; no tokens if it has finished."""
+    def _finish(self, index: int, tokens: int | None = None) -> Advanced:
+        """Run the rest of branch `index`, at the cost of `tokens` if given; no tokens if it has finished."""
         row, left = self._opened[index], self._left[index]
         if not row.complete:
             raise BranchCensored(
@@ -147,8 +163,9 @@ class ReplayEnvironment:
         if left < 0:
             return Advanced(index, 0, 0, True, label)
         self._left[index] = -1
-        rest = max(0, row.tokens - intervals * delta)
-        return Advanced(index, left + 1, left * delta + rest, True, label)
+        if tokens is None:
+            tokens = left * delta + max(0, row.tokens - intervals * delta)
+        return Advanced(index, left + 1, tokens, True, label)
 
     def _probe(self, index: int) -> Probed:
         """Return a probe at its recorded cost; for a finished branch, its final label at no cost."""
@@ -160,9 +177,21 @@ class ReplayEnvironment:
     def _label(self, answer: int) -> int | None:
         label = self._labels[answer]
         if label == UNSEEN:
-            label = self._labels[answer] = len(self.revealed)
-            self.revealed.append(answer)
+            label = self._reveal(answer)
+        return None if label == NO_LABEL else label
+
+    def _reveal(self, answer: int) -> int:
+        """Give an answer the next label and return it."""
+        label = self._labels[answer] = len(self.revealed)
+        self.revealed.append(answer)
         return label
+
+    def _probe_fact(self, index: int, label: int) -> Probed:
+        """Return the fact of a probe that shows a label for the first time. Those of smaller labels are created too."""
+        known = self._probe_facts[index]
+        for number in range(len(known) - 1, label + 1):
+            known.append(Probed(index, None if number == NO_LABEL else number, self._probe_tokens))
+        return known[label + 1]
 
 
 def _longest(facts: Sequence[Fact]) -> int:
@@ -180,6 +209,105 @@ def _steps(delta: int, width: int) -> list[list[Advanced]]:
 
 
 @lru_cache(maxsize=8)
-def _probe_facts(tokens: int, width: int) -> list[dict[int | None, Probed]]:
-    """Return, by branch and label, the facts of probes that cost `tokens`. Filled in as they occur."""
-    return [{} for _ in range(width)]
+def _probe_facts(tokens: int, width: int) -> list[list[Probed]]:
+    """Return, by branch, the facts of probes that cost `tokens`: NO_LABEL's, then by label. Filled in as they occur."""
+    return [[] for _ in range(width)]
+
+
+# Signals
+
+
+class _SignalAdder:
+    """Adds signals to the facts of one episode. It must get every fact, in order."""
+
+    def __init__(self, recording: Recording, order: Sequence[int], signals: frozenset[Signal]) -> None:
+        self._recording = recording
+        self._rows = recording.rows
+        self._order = order
+        self._delta = recording.interval
+        self._has_intervals = Signal.INTERVALS in signals & recording.signals
+        self._has_probes = Signal.PROBES in signals & recording.signals
+        self._run: list[int] = []  # intervals that each opened branch has run
+        self._steps: list[Sequence[Advanced | None]] = []  # facts of single intervals of each opened branch
+
+    def add(self, facts: Sequence[Fact]) -> list[Fact]:
+        """Return the facts with their signals; a fact whose signals are unknown is returned as it is."""
+        run, steps, added = self._run, self._steps, list(facts)
+        for at, fact in enumerate(facts):
+            if isinstance(fact, Probed):
+                added[at] = self._probed(fact)
+                continue
+            index = fact.branch
+            if index == len(run):
+                run.append(0)
+                steps.append(self._steps_of(index))
+            if fact.finished or fact.intervals != 1:
+                added[at] = self._advanced(fact)
+                continue
+            start = run[index]
+            run[index] = start + 1
+            added[at] = steps[index][start] or fact
+        return added
+
+    def _steps_of(self, index: int) -> Sequence[Advanced | None]:
+        """Return the facts of the whole intervals of a branch; None where signals are unknown. They are made once."""
+        row = self._rows[self._order[index]]
+        if not self._has_intervals:
+            return [None] * len(row.probes)
+        cache, place = self._recording.signalled_steps, (self._order[index], index)
+        if place not in cache:
+            known = [span_signals(row, self._delta, start, start + 1) for start in range(len(row.probes))]
+            cache[place] = [
+                None if confidence is None else Advanced(index, 1, self._delta, False, None, confidence, lowest)
+                for confidence, lowest in known
+            ]
+        return cache[place]
+
+    def _advanced(self, fact: Advanced) -> Advanced:
+        index, run = fact.branch, self._run
+        start = run[index]
+        run[index] = end = start + fact.intervals
+        if not self._has_intervals:
+            return fact
+        confidence, lowest = span_signals(self._rows[self._order[index]], self._delta, start, end)
+        if confidence is None:
+            return fact
+        if fact.finished:
+            return Advanced(index, fact.intervals, fact.tokens, True, fact.label, confidence, lowest)
+        return _signalled_advance(index, fact.intervals, fact.tokens, confidence, lowest)
+
+    def _probed(self, fact: Probed) -> Probed:
+        if not self._has_probes:
+            return fact
+        run = self._run[fact.branch]
+        values = self._rows[self._order[fact.branch]].probe_confidences
+        if run > len(values) or values[run - 1] == UNKNOWN:  # a finished branch shows its label without a probe
+            return fact
+        return _signalled_probe(fact.branch, fact.label, fact.tokens, values[run - 1])
+
+
+def span_signals(row: BranchRow, delta: int, start: int, end: int) -> tuple[int | None, int | None]:
+    """Return the signals of a branch's intervals from `start` to `end`. It must have signals of intervals."""
+    if end == start + 1 < len(row.confidences):  # combining a single whole interval would not change its signals
+        confidence, lowest = row.confidences[start], row.lowests[start]
+        return (None, None) if confidence == UNKNOWN or lowest == UNKNOWN else (confidence, lowest)
+    lengths = [delta] * (end - start)
+    if end == len(row.confidences) and lengths:
+        lengths[-1] = max(0, row.tokens - (end - 1) * delta)
+    known = zip(lengths, row.confidences[start:end], row.lowests[start:end], strict=True)
+    return combine((length, _value(confidence), _value(lowest)) for length, confidence, lowest in known)
+
+
+def _value(number: int) -> int | None:
+    return None if number == UNKNOWN else number
+
+
+@lru_cache(maxsize=1 << 16)
+def _signalled_advance(index: int, intervals: int, tokens: int, confidence: int, lowest: int | None) -> Advanced:
+    """Return the fact of an advance that did not finish the branch. Equal facts are one object, as traces expect."""
+    return Advanced(index, intervals, tokens, False, None, confidence, lowest)
+
+
+@lru_cache(maxsize=1 << 16)
+def _signalled_probe(index: int, label: int | None, tokens: int, confidence: int) -> Probed:
+    return Probed(index, label, tokens, confidence)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -39,6 +39,8 @@ from controllers.sandbox.controller import EPISODES_PER_PROCESS, Episode, run_to
 from controllers.sandbox.deadline import Clock
 from controllers.sandbox.handle import SandboxHandle
 from controllers.sandbox.spawner import spawner
+from controllers.signals import ALL_SIGNALS, Signal
+from controllers.voting import own_and_next
 from discovery.data.recordings import Cell, Recording
 from discovery.data.traces import TraceWriter
 from discovery.evaluation.replay import ReplayEnvironment, branch_order
@@ -47,7 +49,13 @@ T = TypeVar("T")
 
 TOKEN_KINDS: Final = ("winner", "agreeing", "losing", "pruned", "probe")
 """Purposes that tokens are spent on, as in `State.ledger`."""
-OUTCOME_COLUMNS: Final = ("right", "failed", "tokens", "rounds", "branches", "critical_path", *TOKEN_KINDS)
+VOTE_COLUMNS: Final = ("votes", "votes_for", "votes_next")
+"""Votes that decide an answer, as in `State.deciding_votes`: all, for the answer, and for the strongest other one."""
+OUTCOME_COLUMNS: Final = (
+    *("right", "failed", "tokens", "rounds", "branches", "critical_path"),
+    *TOKEN_KINDS,
+    *VOTE_COLUMNS,
+)
 """Figures of an episode, all integers; `critical_path` is in tokens."""
 SHUFFLES_A_JOB: Final = 10
 """Shuffles per job: small enough for workers to finish together, large enough for overhead not to matter."""
@@ -80,6 +88,7 @@ class ReplayRules:
     probe_tokens: int | None = None  # cost of a probe; None for the recorded cost
     traces: Path | None = None  # folder that traces are written to
     sealing: Sealing = Sealing.FOREIGN
+    signals: frozenset[Signal] = ALL_SIGNALS  # signals that controllers may get, if they declare them
 
     def seal(self, spec: Spec) -> bool:
         """Return whether a controller decides in a sandbox process."""
@@ -138,17 +147,19 @@ def run_job(job: Job, recordings: Sequence[Recording], rules: ReplayRules) -> Jo
     began = time.perf_counter()
     table = _JobRunner(job, recordings, rules)
     played = retry_disturbed(table.play_sealed) if rules.seal(job.spec) else table.play_here()
-    outcomes = np.zeros((len(OUTCOME_COLUMNS), len(job.shuffles), len(recordings)), np.int64)
+    columns: list[list[int]] = []
     failures: list[EpisodeFailure] = []
+    tracer = None if rules.traces is None else TraceWriter(job.spec, job.beta, job.cell, recordings)
     for (question, shuffle), outcome in zip(table.episodes, played, strict=True):
-        outcomes[:, shuffle - job.shuffles.start, question] = outcome.column
+        columns.append(outcome.column)
         if outcome.failure is not None:
             failures.append(EpisodeFailure(question, shuffle, outcome.failure))
-    if rules.traces is not None:
-        tracer = TraceWriter(job.spec, job.beta, job.cell, recordings)
-        for outcome in played:
+        if tracer is not None:
             tracer.add(outcome.state, outcome.rounds, outcome.right)
+    if tracer is not None and rules.traces is not None:
         tracer.save(rules.traces, job.shuffles)
+    by_episode = np.array(columns, np.int64).reshape(len(job.shuffles), len(recordings), len(OUTCOME_COLUMNS))
+    outcomes = np.ascontiguousarray(by_episode.transpose(2, 0, 1))
     return JobResult(outcomes, failures, time.perf_counter() - began)
 
 
@@ -192,10 +203,10 @@ class _JobRunner:
         self._recordings = recordings
         self._rules = rules
 
-    def play_here(self) -> list[_EpisodeResult]:
-        """Play every episode with the controller in this process."""
+    def play_here(self) -> Iterator[_EpisodeResult]:
+        """Play every episode with the controller in this process, each as it is asked for: none is kept."""
         make_controller = partial(make, self._job.spec, self._job.beta)
-        return [run_sync(self._play(make_controller, *episode)) for episode in self.episodes]
+        return (run_sync(self._play(make_controller, *episode)) for episode in self.episodes)
 
     def play_sealed(self) -> list[_EpisodeResult]:
         """Play every episode with the controller in sandbox processes, and audit some.
@@ -267,7 +278,14 @@ class _JobRunner:
 
     def _limits(self, recording: Recording, high_limits: bool = False) -> Limits:
         branch, cap = UNREACHABLE_LIMITS if high_limits else (None, None)
-        return Limits(recording.interval, min(self._rules.max_branches, recording.branches), branch, max_tokens=cap)
+        return Limits(
+            recording.interval,
+            min(self._rules.max_branches, recording.branches),
+            branch,
+            max_tokens=cap,
+            has_probes=recording.has_probes,
+            has_pauses=recording.has_probes,
+        )
 
     async def _play(
         self,
@@ -283,7 +301,12 @@ class _JobRunner:
         reached instead of none.
         """
         recording = self._recordings[question]
-        environment = ReplayEnvironment(recording, branch_order(recording, shuffle), self._rules.probe_tokens)
+        environment = ReplayEnvironment(
+            recording,
+            branch_order(recording, shuffle),
+            self._rules.probe_tokens,
+            self._job.spec.signals & self._rules.signals,
+        )
         state = State(self._limits(recording, high_limits))
         rounds: list[Round] = []
         on_round = (lambda _, played: rounds.append(played)) if keep or self._rules.traces is not None else None
@@ -295,7 +318,7 @@ class _JobRunner:
             sudden = isinstance(error, BoundaryViolation) and error.boundary in SUDDEN
             state.end(Stop.CONTROLLER_ERROR)
         right = failure is None and environment.is_right(state.answer)
-        ledger = state.ledger(_reply_branch(state))
+        ledger, votes = state.ledger(_reply_branch(state)), state.deciding_votes()
         column = [
             right,
             failure is not None,
@@ -304,6 +327,8 @@ class _JobRunner:
             state.width,
             environment.critical_path,
             *(ledger[kind] for kind in TOKEN_KINDS),
+            sum(votes.values()),
+            *own_and_next(votes, state.answer),
         ]
         return _EpisodeResult(column, failure, sudden, state, rounds, right)
 

@@ -42,16 +42,6 @@ class ControllerScores:
         """Return its scores on one cell, by rising β."""
         return sorted((score for score in self.scores if score.cell == cell), key=lambda score: score.beta)
 
-    def parts(self, cell: Cell) -> NDArray[np.float64]:
-        """Return each question's share of the AFS of a cell: (questions,)."""
-        line = [(score.mean("tokens"), 100 * score.per_question("right")) for score in self.at(cell)]
-        return afs.afs_per_question(line, self.curves[cell].anchor)
-
-    def right(self, cell: Cell, beta: float) -> NDArray[np.float64]:
-        """Return the percentage of episodes that ended right on a cell at one β: (questions,)."""
-        (score,) = (score for score in self.at(cell) if score.beta == beta)
-        return 100 * score.per_question("right")
-
 
 @dataclass(frozen=True)
 class ScoreSet:

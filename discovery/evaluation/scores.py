@@ -142,6 +142,8 @@ class Score:
             "failures": int(self.column("failed").sum()),
             "failure": self.failures[0].message if self.failures else None,
             "digest": self.digest,
+            "questions": self.outcomes.shape[-1],
+            "error": self.error,
             **({} if self.recorded is None else {"recorded_branches": min(self.recorded)}),
             **({"limited_by_recordings": self.limited} if self.limited else {}),
             **self._graded(),

@@ -17,10 +17,11 @@ from controllers.sandbox.deadline import Clock
 from discovery.answers import Judge
 from discovery.data.atomic_files import atomic_write
 from discovery.data.importers import format_recording_line
-from discovery.data.recordings import Cell, RecordedBranch, RecordedQuestion, Recording, Split
+from discovery.data.recordings import Cell, RecordedQuestion, Recording, Split
 from discovery.errors import DiscoveryError, RecordingsNotFound
 from discovery.evaluation.evaluate import AnswerComparison, intern_compared, pool_recordings
 from discovery.evaluation.sources import RecordingSource, open_source
+from discovery.store import StorePlace
 
 
 class SearchSplitSource:
@@ -45,7 +46,7 @@ def search_split_of(source: RecordingSource) -> RecordingSource:
 
 
 def export_search_split(
-    recordings: Path, to: Path, salt: str | None = None, answers: AnswerComparison = AnswerComparison.AUTO
+    recordings: StorePlace, to: Path, salt: str | None = None, answers: AnswerComparison = AnswerComparison.AUTO
 ) -> int:
     """Write the search split of a store or folder as lines without readable text; return the number of lines.
 
@@ -85,13 +86,7 @@ def _opaque(recorded: RecordedQuestion, interned: Recording, salt: str) -> Recor
 
     spans = zip(interned.starts[:-1].tolist(), interned.starts[1:].tolist(), strict=True)
     branches = [
-        RecordedBranch(
-            probes=[name(number) for number in interned.probes[start:end].tolist()],
-            tokens=branch.tokens,
-            final=name(final),
-            probe_tokens=list(branch.probe_tokens),
-            complete=branch.complete,
-        )
+        branch._replace(probes=[name(number) for number in interned.probes[start:end].tolist()], final=name(final))
         for branch, final, (start, end) in zip(recorded.branches, interned.finals.tolist(), spans, strict=True)
     ]
     return replace(

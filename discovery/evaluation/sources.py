@@ -10,7 +10,7 @@ from typing import Protocol
 from discovery.data.importers import read_jsonl, read_release, release_cell, release_files
 from discovery.data.recordings import Cell, RecordedQuestion, Split
 from discovery.errors import RecordingsNotFound
-from discovery.store import Store
+from discovery.store import DatabaseUrl, Store, StorePlace
 
 
 class RecordingSource(Protocol):
@@ -56,8 +56,8 @@ class FileSource:
 class StoreSource:
     """A replay store."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, place: StorePlace) -> None:
+        self._place = place
 
     def cells(self) -> Sequence[Cell]:
         return asyncio.run(self._cells())
@@ -66,16 +66,19 @@ class StoreSource:
         return asyncio.run(self._load(cell))
 
     async def _cells(self) -> list[Cell]:
-        async with Store.open(self._path) as store:
+        async with Store.open(self._place) as store:
             return [summary.cell for summary in await store.summaries()]
 
     async def _load(self, cell: Cell) -> list[RecordedQuestion]:
-        async with Store.open(self._path) as store:
+        async with Store.open(self._place) as store:
             return await store.load(cell)
 
 
-def open_source(path: Path) -> RecordingSource:
-    """Open the recordings at `path`. Raises DiscoveryError if there are none or they cannot be read."""
+def open_source(place: StorePlace) -> RecordingSource:
+    """Open the recordings at `place`. Raises DiscoveryError if there are none or they cannot be read."""
+    if isinstance(place, DatabaseUrl):
+        return StoreSource(place)
+    path = place
     if not path.exists():
         raise RecordingsNotFound(f"{path}: no such file or folder; name a store, or a folder of recordings")
     name = path.name.removesuffix(".xz")

@@ -10,124 +10,60 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from controllers.advice import advise
 from controllers.dial import parse_beta
-from controllers.errors import ControllersError, MachineDisturbed
-from controllers.loading import Spec, parse_spec
+from controllers.errors import ControllersError
+from controllers.loading import parse_spec
 from discovery.data.atomic_files import check_writable_path
 from discovery.data.recordings import Cell, Split
 from discovery.errors import DiscoveryError, GateError
-from discovery.evaluation.engines import Engine, EngineName, make_engine
-from discovery.evaluation.evaluate import DEFAULT_WEIGHTS, AnswerComparison, Evaluation
+from discovery.evaluation.engines import EngineName, make_engine
+from discovery.evaluation.evaluate import AnswerComparison
 from discovery.evaluation.replay_jobs import ReplayRules
-from discovery.evaluation.score_set import score_controllers
 from discovery.evaluation.sources import RecordingSource, open_source, select_cells
-from discovery.promotion.ledger import DISTURBED, FREE_DISTURBANCES, Ledger, fingerprint, shorten_ids
-from discovery.promotion.verdict import (
-    DEFAULT_TERMS,
-    GateReport,
-    GateTerms,
-    JudgementContext,
-    judge,
-    report_of,
-)
+from discovery.promotion.comparison import Comparison
+from discovery.promotion.conditions import GateTerms
+from discovery.promotion.ledger import Ledger, check_ledger, fingerprint
+from discovery.promotion.power_plan import PowerPlan, make_plan
+from discovery.promotion.sequential_gate import run_sequential_gate
+from discovery.promotion.verdict import GateReport, JudgementContext, judge, report_of
+from discovery.store import StorePlace, parse_place
 
 BAD_INPUT = 2
 """Exit status if nothing could be judged."""
 
 
-def run_gate(
-    source: RecordingSource,
-    cells: Sequence[Cell],
-    finalist: Spec,
-    champion: Spec,
-    ledger_path: Path,
-    engine: Engine,
-    rules: ReplayRules,
-    betas: Sequence[float],
-    shuffles: int,
-    now: str,
-    who: str,
-    terms: GateTerms = DEFAULT_TERMS,
-    answers: AnswerComparison = AnswerComparison.AUTO,
-) -> GateReport:
+def run_gate(source: RecordingSource, cells: Sequence[Cell], comparison: Comparison, place: StorePlace) -> GateReport:
     """Judge a finalist. A judgement on the same split against the same champion is returned from the ledger.
 
+    If the finalist is for one model only, `cells` are that model's.
     Raises GateError if the finalist cannot be judged, and the errors of `Evaluation.run`. Nothing has been spent then,
     except that a disturbed judgement counts once more than `FREE_DISTURBANCES` occurred on these questions.
     """
-    _check(finalist, champion, rules, betas, terms)
-    betas = sorted(set(betas))
-    ledger = Ledger(ledger_path)
+    comparison.check()
+    ledger = Ledger(place)
     questions = sorted({one.question for cell in cells for one in source.load(cell)})
     split = fingerprint(questions, (cell.model for cell in cells))
-    if recorded := _recorded(ledger, split, finalist, champion):
+    if recorded := _recorded(ledger, split, comparison):
         return recorded
-    evaluation = Evaluation(
-        source, cells, [finalist, champion], betas, shuffles, answers, rules, weights=DEFAULT_WEIGHTS
-    )
-    try:
-        measured = score_controllers(evaluation, engine)  # votes never decide a judgement
-    except MachineDisturbed as error:
-        with ledger.locked():
-            k, before = ledger.next_k(questions), ledger.disturbances(questions)
-            ledger.append(
-                split=split,
-                questions=shorten_ids(questions),
-                digest=finalist.digest,
-                champion=champion.digest,
-                k=k,
-                p=1.0,
-                verdict=DISTURBED,
-                created=now,
-                who=who,
-                report={DISTURBED: str(error)},
-            )
-        spent = f"no judgement is spent, this was disturbance {before + 1} of {FREE_DISTURBANCES} free ones"
-        if before >= FREE_DISTURBANCES:
-            spent = f"one judgement is spent, because {before} on these questions were disturbed before"
-        raise GateError(f"{finalist.name} could not be judged: {error}; {spent}; retry") from None
-    if failed := [failure for score in measured.sides[1].scores for failure in score.failures]:
-        failures = f"{len(failed)} episodes ({failed[0].message})"
-        raise GateError(f"champion {champion.name} failed {failures}; cannot compare against it")
-    advice = advise(finalist.source) if finalist.source is not None else []
+    measured = comparison.judged_replay(source, cells, ledger, questions)
+    context = (comparison.advice, split, comparison.now, comparison.who, comparison.model)
     with ledger.locked():
-        if recorded := _recorded(ledger, split, finalist, champion):  # another process has judged it meanwhile
+        if recorded := _recorded(ledger, split, comparison):  # another process has judged it meanwhile
             return recorded
-        report = judge(measured, terms, JudgementContext(ledger.next_k(questions), advice, split, now, who))
-        ledger.append(
-            split=split,
-            questions=shorten_ids(questions),
-            digest=finalist.digest,
-            champion=champion.digest,
-            k=report.k,
-            p=report.p,
-            verdict=str(report.verdict),
-            created=now,
-            who=who,
-            report=report.as_json(),
-        )
+        report = judge(measured, comparison.terms, JudgementContext(ledger.next_k(questions), *context))
+        comparison.record(ledger, report, questions)
     return report
 
 
-def _check(finalist: Spec, champion: Spec, rules: ReplayRules, betas: Sequence[float], terms: GateTerms) -> None:
-    if finalist.digest == champion.digest:
-        raise GateError(f"finalist {finalist.name} is identical to the champion; nothing to compare")
-    if finalist.is_foreign and not rules.seal(finalist):
-        raise GateError(f"{finalist.name}: a controller from a file can only be judged in the sandbox")
-    if not 0 < terms.alpha < 1:
-        raise GateError(f"α is {terms.alpha:g}; it must be above 0 and below 1")
-    if terms.beta not in betas:
-        raise GateError(f"the deployed β {terms.beta:g} is not among the scored values {', '.join(map(str, betas))}")
-
-
-def _recorded(ledger: Ledger, split: str, finalist: Spec, champion: Spec) -> GateReport | None:
-    judgement = ledger.find(split, finalist.digest, champion.digest)
+def _recorded(ledger: Ledger, split: str, comparison: Comparison) -> GateReport | None:
+    finalist = comparison.finalist
+    judgement = ledger.find(split, finalist.digest, comparison.champion.digest)
     try:
         return None if judgement is None else report_of(judgement.report)
     except ValueError as error:
@@ -140,12 +76,13 @@ class GateJob:
 
     finalist: str  # NAME, NAME@N or FILE.py
     champion: str
-    recordings: Path
-    ledger: Path
+    recordings: Annotated[StorePlace, BeforeValidator(parse_place)]
+    ledger: Annotated[StorePlace, BeforeValidator(parse_place)]
     report: Path  # file to write the report to
     created: str  # ISO 8601 time
     who: str  # user name for the ledger
     split: Split = Split.HELD_OUT
+    model: str = ""  # the one model that the finalist is for; empty means all of `models`
     models: str = ""  # comma-separated; empty means all
     benchmarks: str = ""
     betas: str = "0,0.25,0.5,0.75,1"
@@ -154,38 +91,68 @@ class GateJob:
     max_branches: int = 64
     engine: EngineName = EngineName.PROCESS
     workers: int = 0  # 0 means one per core
+    address: str = ""  # of a Ray cluster, for `engine` ray; empty means a local one
     alpha: float = GateTerms.alpha
     beta: float = GateTerms.beta
     margin: float = GateTerms.margin
     slowdown: float = GateTerms.slowdown
+    sequential: bool = False  # a look of a sequential judgement, which goes on as questions are added
+    gain: float = GateTerms.gain
+    power: float = GateTerms.power
+    bound: float = GateTerms.bound
 
     @property
     def options(self) -> list[str]:
         """The job as command-line options."""
-        return [f"--{name.replace('_', '-')}={value}" for name, value in asdict(self).items()]
+        return [f"--{name.replace('_', '-')}={value}" for name, value in vars(self).items()]
 
     def run(self) -> GateReport:
         """Judge the finalist and write the report. Raises DiscoveryError or ControllersError."""
         check_writable_path(self.report, "--report")
-        check_writable_path(self.ledger, "--ledger")
+        check_ledger(self.ledger)
         source = open_source(self.recordings)
-        report = run_gate(
-            source,
-            select_cells(source.cells(), _parts(self.models), _parts(self.benchmarks), self.split),
+        run = run_sequential_gate if self.sequential else run_gate
+        report = run(source, self._select(source, self.split), self._comparison, self.ledger)
+        report.write(self.report)
+        return report
+
+    def plan(self, ledger: Ledger | None) -> PowerPlan:
+        """Plan a judgement from the other splits; held-out questions are not read. Raises the errors of `run`."""
+        source = open_source(self.recordings)
+        return make_plan(self._comparison, source, self._select(source, None), ledger)
+
+    @property
+    def _comparison(self) -> Comparison:
+        return Comparison(
             parse_spec(self.finalist),
             parse_spec(self.champion),
-            self.ledger,
-            make_engine(self.engine, self.workers or None),
+            make_engine(self.engine, self.workers or None, self.address or None),
             ReplayRules(self.max_branches),
             [parse_beta(text, "--betas") for text in _parts(self.betas)],
             self.shuffles,
             self.created,
             self.who,
-            GateTerms(self.alpha, self.beta, self.margin, slowdown=self.slowdown),
+            self._terms,
             self.answers,
+            self.model,
         )
-        report.write(self.report)
-        return report
+
+    @property
+    def _terms(self) -> GateTerms:
+        return GateTerms(
+            self.alpha,
+            self.beta,
+            self.margin,
+            slowdown=self.slowdown,
+            power=self.power,
+            gain=self.gain,
+            bound=self.bound,
+        )
+
+    def _select(self, source: RecordingSource, split: Split | None) -> list[Cell]:
+        """Return the cells of the chosen models and benchmarks."""
+        models = [self.model] if self.model else _parts(self.models)
+        return select_cells(source.cells(), models, _parts(self.benchmarks), split)
 
 
 def _parts(text: str) -> list[str]:

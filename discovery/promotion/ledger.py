@@ -7,20 +7,20 @@ spends nothing unless there were too many of them.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from discovery.data.atomic_files import open_lock
-from discovery.data.hash_chained_log import ChainFormat, HashChainedLog, hash_line
-from discovery.errors import DamagedLog, FileWriteError, GateError
+from discovery.data.atomic_files import check_writable_path
+from discovery.data.hash_chained_log import ChainFormat, hash_line
+from discovery.errors import DamagedLog, GateError
+from discovery.promotion.storage.ledger_storage import LedgerDatabase, LedgerFile, LedgerStorage
+from discovery.store import StorePlace
 
 ORIGIN: Final = ""
 """The `after` of the first line."""
@@ -47,6 +47,10 @@ class Judgement(BaseModel):
     created: str
     who: str
     report: dict[str, Any] = Field(description="the report as JSON")
+    model: str = Field("", description="the one model that it was judged for; empty and not written: all models")
+    sequence: str = Field(
+        "", description="id of the sequential judgement of which it is a look; empty and not written: none"
+    )
     after: str = Field(description="SHA-256 of the line before")
 
 
@@ -61,33 +65,64 @@ def shorten_ids(questions: Iterable[str]) -> list[str]:
     return sorted({question[:ID_DIGITS] for question in questions})
 
 
-class Ledger:
-    """A ledger in a file; a file that does not exist has no lines."""
+def check_ledger(place: StorePlace) -> None:
+    """Raise FileWriteError, before costly work, if a ledger in a file could not be written."""
+    if isinstance(place, Path):
+        check_writable_path(place, "--ledger")
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._log = HashChainedLog(path, _CHAIN)
+
+class Ledger:
+    """A ledger in a file or a database; one that does not exist has no lines."""
+
+    def __init__(self, place: StorePlace) -> None:
+        self.place = place
+        self._storage: LedgerStorage = LedgerFile(place) if isinstance(place, Path) else LedgerDatabase(place)
 
     def judgements(self) -> list[Judgement]:
-        """Return all judgements. Raises GateError, which names file and line, if the file was modified."""
+        """Return all judgements. Raises GateError, which names the place and the line, if a line was modified."""
+        return self._verified(self.lines())
+
+    def lines(self) -> list[bytes]:
+        """Return the lines, not verified. Raises GateError."""
         try:
-            return self._log.verify(self._lines())
+            return self._storage.lines()
         except DamagedLog as error:
-            raise GateError(f"{error}; restore the ledger from a copy") from None
+            raise GateError(f"{error}; {_RESTORE}") from None
+
+    def _verified(self, lines: Sequence[bytes]) -> list[Judgement]:
+        try:
+            return _CHAIN.verify(lines, self._storage.name)
+        except DamagedLog as error:
+            raise GateError(f"{error}; {_RESTORE}") from None
 
     def find(self, split: str, digest: str, champion: str) -> Judgement | None:
         """Return the judgement of a finalist against a champion on a split, if there is one."""
         wanted = (split, digest, champion)
-        judged = (line for line in self.judgements() if line.verdict != DISTURBED)
+        judged = (line for line in self.judgements() if line.verdict != DISTURBED and not line.sequence)
         return next((line for line in judged if (line.split, line.digest, line.champion) == wanted), None)
 
     def next_k(self, questions: Sequence[str]) -> int:
         """Return the position of the next judgement among those on any of these questions, from 1.
 
-        An extended split shares questions with the old one, so its count continues.
+        An extended split shares questions with the old one, so its count continues. All looks of a sequential judgement
+        count as one.
         """
-        lines = self._on_questions(questions)
-        return 1 + len(lines) - min(FREE_DISTURBANCES, sum(line.verdict == DISTURBED for line in lines))
+        return _next_k(self._on_questions(questions))
+
+    def next_k_beyond(self, questions: Sequence[str]) -> int:
+        """Return the position of the next judgement among all those that include any question but these, from 1."""
+        known = set(shorten_ids(questions))
+        return _next_k([line for line in self.judgements() if not known.issuperset(line.questions)])
+
+    def latest_look(self, sequence: str) -> Judgement | None:
+        """Return the latest look of a sequential judgement, if there is one."""
+        looks = (line for line in reversed(self.judgements()) if line.verdict != DISTURBED)
+        return next((line for line in looks if line.sequence == sequence), None)
+
+    def questions_at_level(self, k: int, sequence: str) -> set[str]:
+        """Return the shortened ids of the questions on which a judgement other than this sequence was the k-th."""
+        others = (line for line in self.judgements() if line.verdict != DISTURBED and line.sequence != sequence)
+        return {question for line in others if line.k == k for question in line.questions}
 
     def disturbances(self, questions: Sequence[str]) -> int:
         """Count the judgements on any of these questions that the machine has disturbed."""
@@ -98,34 +133,37 @@ class Ledger:
         return [line for line in self.judgements() if not shortened.isdisjoint(line.questions)]
 
     def append(self, **fields: Any) -> None:
-        """Add a judgement; it is on the disk when this returns. Raises FileWriteError; nothing has been added then."""
-        try:
-            lines = self._lines()
-        except DamagedLog as error:
-            raise GateError(f"{error}; restore the ledger from a copy") from None
+        """Add a judgement. It is on the disk when this returns, or at the end of the context `locked`.
+
+        Raises FileWriteError or StoreError; nothing has been added then.
+        """
+        lines = self.lines()
         judgement = Judgement(**fields, after=hash_line(lines[-1]) if lines else ORIGIN)
-        self._log.rewrite([*lines, judgement.model_dump_json().encode()])
+        unset = {name for name in ("model", "sequence") if not getattr(judgement, name)}
+        content = judgement.model_dump_json(exclude=unset)
+        self._storage.add(lines, [content.encode()])
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Lock the ledger, so that only one process judges at a time. Waits for the lock. Raises FileWriteError."""
-        lock = self._path.with_name(f"{self._path.name}.lock")
-        try:
-            descriptor = open_lock(lock)
-        except OSError as error:
-            raise FileWriteError(f"{lock}: {error.strerror}") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+    def extend(self, lines: Sequence[bytes]) -> None:
+        """Add lines of another ledger, which must follow those of this one. Raises the errors of `append`."""
+        known = self.lines()
+        self._verified([*known, *lines])
+        self._storage.add(known, lines)
 
-    def _lines(self) -> list[bytes]:
-        """Return the lines, not verified. Raises DamagedLog."""
-        content = self._log.load()
-        if content.torn:
-            raise DamagedLog(f"{self._path}: the last line is incomplete")
-        return content.lines
+    def locked(self) -> AbstractContextManager[None]:
+        """Lock the ledger, so that only one process judges at a time. Waits for the lock.
+
+        The context raises FileWriteError or StoreError.
+        """
+        return self._storage.locked()
+
+
+_RESTORE: Final = "restore the ledger from a copy"
+
+
+def _next_k(lines: Sequence[Judgement]) -> int:
+    judged = {line.sequence or line.after for line in lines if line.verdict != DISTURBED}
+    disturbed = sum(line.verdict == DISTURBED for line in lines)
+    return 1 + len(judged) + max(0, disturbed - FREE_DISTURBANCES)
 
 
 def _parse(line: bytes) -> Judgement:

@@ -1,46 +1,51 @@
-"""Registry: the folder of installed controllers, which the proxy reads and the promotion commands change.
+"""Registry: the installed controllers, which the proxy reads and the promotion commands change.
 
-    registry.json    the controller at each stage, and the latest line of the audit log
-    DIGEST.py        a controller's source, named by its hash
-    DIGEST.json      its card: its name, its gate report, whether it was forced
-    audit.jsonl      one line per change, in a hash chain
+It has the rollout state, a source and a card for each controller, and an audit log of one line per change, in a hash
+chain. A card holds a controller's name, its gate report, and whether it was forced. A built-in controller has a card
+only. Its digest is the hash of its name, so that its card cannot be changed either.
 
-Changes are made under a lock, and renaming registry.json commits them. A change that is cut short leaves the old or
-the new state: files are complete before they get their names, and an audit line that is missing from audit.jsonl is in
-registry.json, from which the next change adds it.
+The rules are here. `discovery/promotion/storage/` keeps it in a folder or in a PostgreSQL database.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-from controllers.errors import BadController
-from controllers.loading import Spec, read_source
-from controllers.rollout_state import RolloutStage, RolloutState, name_problem
-from discovery.data.atomic_files import create_exclusively
-from discovery.data.hash_chained_log import ChainFormat, HashChainedLog, hash_line
+from controllers.builtin import find, is_admin_only
+from controllers.errors import UnknownController
+from controllers.loading import Spec
+from controllers.rollout_state import RolloutStage, RolloutState, StageHolders, name_problem
+from discovery.data.hash_chained_log import ChainFormat, hash_line
 from discovery.data.safe_json import parse_json
-from discovery.errors import DamagedLog, PromotionError
+from discovery.errors import DamagedLog, PromotionError, RegistryAway
+from discovery.promotion.storage.registry_database import RegistryDatabase
+from discovery.promotion.storage.registry_folder import RegistryFolder
+from discovery.promotion.storage.registry_storage import ControllerFiles, RegistryChange, RegistryStorage
+from discovery.store import StorePlace
 
 SHORTEST: Final = 4
 """Minimum digits of a digest prefix."""
 ORIGIN: Final = "0" * 64
 """The `chain` of the first line of an audit log."""
 
-_UNFINISHED: Final = ".autotts-"
+BUILT_IN_MARK: Final = "built_in"
+"""Field of a card that is true for a built-in controller."""
 
 Card = Mapping[str, Any]
-"""Facts about an installed controller: `name`, `digest`, `headline`, `report`, and whether it was `forced`."""
+"""Facts about an installed controller: `name`, `digest`, `headline`, `report`, and whether it was `forced`.
+
+`models` lists the models that its gate reports are about; without it they are about all models.
+"""
 Move = Callable[[RolloutState], RolloutState]
+MakeFiles = Callable[[RegistryStorage], ControllerFiles]
+"""Returns what is kept of a controller, given the registry while nobody else changes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,238 +56,288 @@ class ChangeCause:
     why: str
     when: datetime  # with time zone
     forced: bool = False  # without a passed gate, or despite a quarantine
-
-
-class FileStamp(NamedTuple):
-    """Identity of one version of registry.json; it differs after every replacement."""
-
-    changed_ns: int
-    inode: int
-    size: int
+    version: int | None = None  # that the registry must have; None: any
 
 
 class Registry:
-    """The controllers installed in a folder, which is created by the first change. Threads may share it."""
+    """The controllers installed in a folder or a database. Threads may share it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.file = folder / "registry.json"
-        self.audit_path = folder / "audit.jsonl"
-        self._audit_log = HashChainedLog(self.audit_path, _CHAIN)
+    def __init__(self, place: StorePlace, storage: RegistryStorage | None = None) -> None:
+        self.place = place
+        self.storage = storage or (RegistryFolder(place) if isinstance(place, Path) else RegistryDatabase(place))
 
     # Reading
 
-    def stamp(self) -> FileStamp | None:
-        """Return a value that changes with registry.json; None if nothing is installed. Raises PromotionError."""
-        try:
-            status = self.file.stat()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise PromotionError(f"{self.file}: {error.strerror}") from None
-        return FileStamp(status.st_mtime_ns, status.st_ino, status.st_size)
+    @contextmanager
+    def session(self) -> Iterator[Registry]:
+        """Yield the registry over one connection, for several reads. Raises PromotionError."""
+        with self.storage.session() as storage:
+            yield Registry(self.place, storage)
+
+    def stamp(self) -> Hashable | None:
+        """Return a value that changes with the registry; None if nothing is installed. Raises PromotionError."""
+        return self.storage.stamp()
 
     def read(self) -> RolloutState:
         """Return the controllers by stage. Raises PromotionError."""
-        return self._load()[0]
+        return load_state(self.storage)[0]
 
     def spec(self, digest: str) -> Spec:
-        """Load an installed controller. Raises PromotionError if its file is missing or was changed."""
-        path = self._source(digest)
-        try:
-            source = read_source(path)
-        except BadController as error:
-            raise PromotionError(f"{error}; {_MEND_FILE}") from None
-        if sha256(source.encode()).hexdigest() != digest:
-            raise PromotionError(f"{path}: the content does not match the hash in its name; {_MEND_FILE}")
-        return Spec(self.card(digest)["name"], source)
+        """Load an installed controller. Raises PromotionError if it is missing or was changed."""
+        return _spec(self.storage, digest)
 
     def card(self, digest: str) -> Card:
         """Return the card of an installed controller. Raises PromotionError."""
-        path = self._card(digest)
-        try:
-            card = parse_json(path.read_bytes())
-        except OSError as error:
-            raise PromotionError(f"{path}: {error.strerror}; {_MEND_FILE}") from None
-        except ValueError as error:
-            raise PromotionError(f"{path}: {error}; {_MEND_FILE}") from None
-        if not isinstance(card, dict) or not isinstance(card.get("name"), str) or name_problem(card["name"]):
-            raise PromotionError(f"{path}: not the card of a controller; {_MEND_FILE}")
-        return card
+        return _card(self.storage, digest)
+
+    def cards(self) -> dict[str, Card]:
+        """Return the cards of all installed controllers by digest. Raises PromotionError."""
+        with self.storage.session() as storage:
+            return {digest: _card(storage, digest) for digest in storage.digests()}
 
     def digests(self) -> list[str]:
-        """Return the digests of all installed controllers, at a stage or not."""
-        return sorted(path.stem for path in self.folder.glob("*.py"))
+        """Return the digests of all installed controllers, at a stage or not. Raises PromotionError."""
+        return self.storage.digests()
 
     def find(self, prefix: str) -> str:
         """Return the full digest of the installed controller with this prefix. Raises PromotionError."""
-        matching = [digest for digest in self.digests() if digest.startswith(prefix)]
+        digests = self.digests()
+        matching = [digest for digest in digests if digest.startswith(prefix)]
         if len(prefix) < SHORTEST or len(matching) != 1:
-            known = ", ".join(digest[:12] for digest in self.digests()) or "none"
+            known = ", ".join(digest[:12] for digest in digests) or "none"
             raise PromotionError(
-                f"{prefix!r} matches {len(matching)} digests in {self.folder}; "
+                f"{prefix!r} matches {len(matching)} digests in {self.place}; "
                 f"give at least {SHORTEST} digits of one of {known}"
             )
         return matching[0]
 
     def audit(self) -> list[Mapping[str, Any]]:
         """Return every change, the latest last. Raises PromotionError if the audit log was modified."""
-        lines, missing = self._audit_lines(self._load()[1])
+        with self.storage.session() as storage:
+            lines, missing = split_audit(storage, load_state(storage)[1])
         try:
-            return self._audit_log.verify([*lines, *missing])
+            return _CHAIN.verify([*lines, *missing], self.storage.audit_name)
         except DamagedLog as error:
-            raise PromotionError(f"{error}; {_MEND_AUDIT}") from None
+            raise PromotionError(f"{error}; {self.storage.mend_audit}") from None
 
     # Changing
 
-    def install(self, spec: Spec, card: Card, stage: RolloutStage, share: float, by: ChangeCause) -> RolloutState:
-        """Install a controller from a file at a stage. Raises PromotionError; nothing has changed then."""
-        if spec.source is None or (wrong := name_problem(spec.name)):
-            raise PromotionError(
-                wrong
-                if spec.source
-                else f"{spec.name} is built in; select it in the configuration instead of promoting it"
-            )
-        complete_card = {**card, "name": spec.name, "digest": spec.digest, "forced": by.forced}
-        files = {self._source(spec.digest): spec.source.encode(), self._card(spec.digest): _as_bytes(complete_card)}
-        return self._change(f"install as {stage}", spec.digest, _promote(spec.digest, stage, share, by), by, files)
+    def install(
+        self, spec: Spec, card: Card, stage: RolloutStage, share: float, by: ChangeCause, model: str | None = None
+    ) -> RolloutState:
+        """Install a controller at a stage of a model; None: of the default. Raises PromotionError; nothing has changed
+        then. The `models` of its card are added to those of the card that it has already.
+        """
+        if wrong := name_problem(spec.name) if spec.is_foreign else built_in_problem(spec.name):
+            raise PromotionError(wrong)
 
-    def promote(self, digest: str, stage: RolloutStage, share: float, by: ChangeCause) -> RolloutState:
-        """Move an installed controller to a stage. Raises PromotionError."""
+        def files(storage: RegistryStorage) -> ControllerFiles:
+            known = _known_card(storage, spec.digest)
+            made = {**_with_known_models(card, known), "name": spec.name, "digest": spec.digest, "forced": by.forced}
+            if spec.source is None:
+                made[BUILT_IN_MARK] = True
+            return ControllerFiles(spec.digest, _as_bytes(made), None if spec.source is None else spec.source.encode())
+
+        move = _promote(spec.digest, stage, share, by, model)
+        return self._change(f"install as {stage}", spec.digest, move, by, model, files)
+
+    def promote(
+        self, digest: str, stage: RolloutStage, share: float, by: ChangeCause, model: str | None = None
+    ) -> RolloutState:
+        """Move an installed controller to a stage of a model; None: of the default. Raises PromotionError."""
         self.spec(digest)
-        card = self.card(digest)
-        files = {self._card(digest): _as_bytes({**card, "forced": True})} if by.forced else {}
-        return self._change(f"promote to {stage}", digest, _promote(digest, stage, share, by), by, files)
 
-    def roll_back(self, by: ChangeCause) -> RolloutState:
-        """Restore the previous champion and drop the canary. Raises PromotionError."""
+        def marked(storage: RegistryStorage) -> ControllerFiles:
+            source = _spec(storage, digest).source
+            card = {**_card(storage, digest), "forced": True}
+            return ControllerFiles(digest, _as_bytes(card), None if source is None else source.encode())
+
+        move = _promote(digest, stage, share, by, model)
+        return self._change(f"promote to {stage}", digest, move, by, model, marked if by.forced else None)
+
+    def roll_back(self, by: ChangeCause, model: str | None = None) -> RolloutState:
+        """Restore the previous champion of a model and drop its canary; None: of the default. Raises PromotionError."""
 
         def back(now: RolloutState) -> RolloutState:
-            moved = now.roll_back()
-            if moved.champion is not None and moved.champion != now.champion:
-                self.spec(moved.champion)
+            moved = now.roll_back(model)
+            champion = moved.own(model).champion
+            if champion is not None and champion != now.own(model).champion:
+                self.spec(champion)
             return moved
 
-        return self._change("rollback", None, back, by)
+        return self._change("rollback", None, back, by, model)
 
-    def drop_canary(self, digest: str, by: ChangeCause) -> RolloutState:
-        """Drop the canary if it is this controller. Raises PromotionError."""
-        return self._change("drop canary", digest, lambda now: now.drop_canary(digest), by)
+    def drop_canary(self, digest: str, by: ChangeCause, model: str | None = None) -> RolloutState:
+        """Drop the canary of a model, if it is this controller; None: of the default. Raises PromotionError."""
+        return self._change("drop canary", digest, lambda now: now.drop_canary(digest, model), by, model)
 
     def quarantine(self, digest: str, by: ChangeCause) -> RolloutState:
-        """Quarantine a failing controller, so that it no longer decides. Raises PromotionError."""
-        return self._change("quarantine", digest, lambda now: now.quarantine(digest), by)
+        """Quarantine a failing controller, so that it decides for no model. Raises PromotionError."""
+
+        def quarantined(now: RolloutState) -> RolloutState:
+            return now if digest in now.quarantined else now.quarantine(digest)  # by several proxies at once
+
+        return self._change("quarantine", digest, quarantined, by)
 
     def _change(
-        self, action: str, digest: str | None, move: Move, by: ChangeCause, files: Mapping[Path, bytes] | None = None
+        self,
+        action: str,
+        digest: str | None,
+        move: Move,
+        by: ChangeCause,
+        model: str | None = None,
+        make_files: MakeFiles | None = None,
     ) -> RolloutState:
-        with self._locked() as folder:
-            before, latest = self._load()
-            lines = self._mend_audit(latest)
+        """Make a change, unless everything is already as it would be afterwards. Returns the state."""
+        with self.storage.changing() as storage:
+            before, latest = load_state(storage)
+            if by.version not in (None, before.version):
+                raise PromotionError(
+                    f"{self.place}: changed meanwhile, to version {before.version}; look at it again, then repeat this"
+                )
+            lines, missing = split_audit(storage, latest)
             try:
                 after = move(before)
             except ValueError as error:
                 raise PromotionError(str(error)) from None
-            for path, data in (files or {}).items():
-                self._write(path, data)
-            os.fsync(folder)
-            line = _line(action, digest, before, after, by, hash_line(lines[-1]) if lines else ORIGIN)
-            self._write(self.file, _as_bytes({**after.as_json(), "audit": line.decode()}))
-            with suppress(OSError):  # the change is committed; the next change adds the line from registry.json
-                self._audit_log.append(line)
-            self._sync(folder)
+            controllers = [] if make_files is None else [make_files(storage)]
+            controllers = [files for files in controllers if not _is_kept(storage, files)]
+            if not controllers and replace(after, version=before.version) == before:
+                return before  # somebody has made this change already
+            latest_line = [*lines, *missing][-1:]
+            chain = hash_line(latest_line[0]) if latest_line else ORIGIN
+            line = _line(action, digest, before, after, by, chain, model)
+            state = _as_bytes({**after.as_json(), "audit": line.decode()})
+            storage.commit(RegistryChange(controllers, state, missing, line))
         return after
-
-    @contextmanager
-    def _locked(self) -> Iterator[int]:
-        """Lock the folder against other writers and yield its descriptor. Raises PromotionError."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX)
-                for left in self.folder.glob(f"{_UNFINISHED}*"):  # left by a killed process, since the lock is ours
-                    left.unlink()
-                yield folder
-            finally:
-                os.close(folder)
-        except OSError as error:
-            raise PromotionError(f"{error.filename or self.folder}: {error.strerror}") from None
-
-    def _write(self, path: Path, data: bytes) -> None:
-        """Write a file completely to the disk before it gets its name."""
-        unfinished = path.with_name(f"{_UNFINISHED}{path.name}")
-        with create_exclusively(unfinished) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-
-    def _sync(self, folder: int) -> None:
-        try:
-            os.fsync(folder)
-        except OSError as error:
-            warning = "the change is made, but a power failure now may undo it"
-            raise PromotionError(f"{self.folder}: {error.strerror}: {warning}") from None
-
-    def _mend_audit(self, latest: bytes | None) -> list[bytes]:
-        """Complete the audit log after a change that was cut short. Returns its lines."""
-        lines, missing = self._audit_lines(latest)
-        self._audit_log.remove_torn_line()
-        for line in missing:
-            self._audit_log.append(line)
-        return [*lines, *missing]
-
-    def _audit_lines(self, latest: bytes | None) -> tuple[list[bytes], list[bytes]]:
-        """Return the complete lines of the audit log, and the line that only registry.json has, if there is one."""
-        try:
-            lines = self._audit_log.load().lines
-        except DamagedLog as error:
-            raise PromotionError(f"{error}; {_MEND_AUDIT}") from None
-        if latest is None or latest in lines:
-            return lines, []
-        if lines and parse_json(latest)["chain"] != hash_line(lines[-1]):
-            raise PromotionError(f"{self.audit_path}: registry.json does not follow its last line; {_MEND_AUDIT}")
-        return lines, [latest]
-
-    def _load(self) -> tuple[RolloutState, bytes | None]:
-        """Return the content of registry.json, and the audit line it was written with."""
-        try:
-            data = parse_json(self.file.read_bytes())
-            if not isinstance(data, dict) or not isinstance(parse_json(data["audit"])["chain"], str):
-                raise ValueError("not a registry")
-            return RolloutState.parse(data), data["audit"].encode()
-        except FileNotFoundError:
-            return RolloutState(), None
-        except OSError as error:
-            raise PromotionError(f"{self.file}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            reason = str(error) if isinstance(error, ValueError) else "not a registry"
-            raise PromotionError(f"{self.file}: {reason}; {_MEND_REGISTRY}") from None
-
-    def _source(self, digest: str) -> Path:
-        return self.folder / f"{digest}.py"
-
-    def _card(self, digest: str) -> Path:
-        return self.folder / f"{digest}.json"
 
 
 _MEND_FILE: Final = "promote the controller's file again, or return to the previous champion with `autotts rollback`"
-_MEND_AUDIT: Final = "restore it from a copy, or move it away to begin a new one"
-_MEND_REGISTRY: Final = (
-    "restore it from a copy, or move it away and promote again; audit.jsonl lists what was installed"
-)
 
 
-def _promote(digest: str, stage: RolloutStage, share: float, by: ChangeCause) -> Move:
-    return lambda now: now.promote(digest, stage, share, by.forced)
+def load_state(storage: RegistryStorage) -> tuple[RolloutState, bytes | None]:
+    """Return the state of a registry, and the audit line it was written with. Raises PromotionError."""
+    content = storage.state()
+    if content is None:
+        return RolloutState(), None
+    try:
+        data = parse_json(content)
+        if not isinstance(data, dict) or not isinstance(parse_json(data["audit"])["chain"], str):
+            raise ValueError("not a registry")
+        return RolloutState.parse(data), data["audit"].encode()
+    except (ValueError, KeyError, TypeError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "not a registry"
+        raise PromotionError(f"{storage.state_name}: {reason}; {storage.mend_state}") from None
+
+
+def split_audit(storage: RegistryStorage, latest: bytes | None) -> tuple[list[bytes], list[bytes]]:
+    """Return the lines of the audit log, and the line that only the state has, if there is one."""
+    lines = storage.audit_lines()
+    if latest is None or latest in lines:
+        return lines, []
+    if lines and parse_json(latest)["chain"] != hash_line(lines[-1]):
+        raise PromotionError(f"{storage.audit_name}: the registry does not follow its last line; {storage.mend_audit}")
+    return lines, [latest]
+
+
+def _spec(storage: RegistryStorage, digest: str) -> Spec:
+    card = _card(storage, digest)
+    if card.get(BUILT_IN_MARK):
+        return Spec(card["name"])
+    try:
+        source = storage.source(digest)
+    except RegistryAway:
+        raise
+    except PromotionError as error:
+        raise PromotionError(f"{error}; {_MEND_FILE}") from None
+    if sha256(source.encode()).hexdigest() != digest:
+        raise PromotionError(
+            f"{storage.source_name(digest)}: the content does not match the hash in its name; {_MEND_FILE}"
+        )
+    return Spec(card["name"], source)
+
+
+def _card(storage: RegistryStorage, digest: str) -> Card:
+    name = storage.card_name(digest)
+    try:
+        card = parse_json(storage.card(digest))
+    except RegistryAway:
+        raise
+    except PromotionError as error:
+        raise PromotionError(f"{error}; {_MEND_FILE}") from None
+    except ValueError as error:
+        raise PromotionError(f"{name}: {error}; {_MEND_FILE}") from None
+    if not isinstance(card, dict) or not isinstance(card.get("name"), str):
+        raise PromotionError(f"{name}: not the card of a controller; {_MEND_FILE}")
+    is_built_in = card.get(BUILT_IN_MARK) is True
+    if is_built_in and Spec(card["name"]).digest != digest:
+        raise PromotionError(f"{name}: the name does not match the hash in the file's name; {_MEND_FILE}")
+    if wrong := built_in_problem(card["name"]) if is_built_in else name_problem(card["name"]):
+        raise PromotionError(f"{name}: not the card of a controller: {wrong}; {_MEND_FILE}")
+    return card
+
+
+def _known_card(storage: RegistryStorage, digest: str) -> Card | None:
+    """Return the card of a controller; None if it has none, or one that cannot be used and is replaced."""
+    try:
+        return _card(storage, digest) if digest in storage.digests() else None
+    except RegistryAway:
+        raise
+    except PromotionError:
+        return None
+
+
+def _with_known_models(card: Card, known: Card | None) -> Card:
+    """Return a card that lists the models of the card before as well; without `models` if either is about all."""
+    if not card.get("models") or known is None or known.get("report") is None:
+        return card
+    if known.get("models"):
+        return {**card, "models": sorted({*card["models"], *known["models"]})}
+    return {name: value for name, value in card.items() if name != "models"}
+
+
+def _is_kept(storage: RegistryStorage, files: ControllerFiles) -> bool:
+    """Return whether the registry has exactly these contents."""
+    try:
+        if files.digest not in storage.digests() or storage.card(files.digest) != files.card:
+            return False
+        return files.source is None or storage.source(files.digest).encode() == files.source
+    except RegistryAway:
+        raise
+    except PromotionError:
+        return False
+
+
+def built_in_problem(name: str) -> str | None:
+    """Return the reason why a controller cannot be installed by its name; None if it is built in and may serve."""
+    try:
+        find(name)
+    except UnknownController as error:
+        return str(error)
+    return (
+        f"{name} is for admins only; it cannot serve requests that name no controller" if is_admin_only(name) else None
+    )
+
+
+def _promote(digest: str, stage: RolloutStage, share: float, by: ChangeCause, model: str | None) -> Move:
+    return lambda now: now.promote(digest, stage, share, by.forced, model)
 
 
 def _line(
-    action: str, digest: str | None, before: RolloutState, after: RolloutState, by: ChangeCause, chain: str
+    action: str,
+    digest: str | None,
+    before: RolloutState,
+    after: RolloutState,
+    by: ChangeCause,
+    chain: str,
+    model: str | None,
 ) -> bytes:
-    """Return a line of the audit log. `before` and `after` list only the stages whose controller changed."""
-    changed = [stage for stage in RolloutStage if before.stages[stage] != after.stages[stage]]
+    """Return a line of the audit log. `before` and `after` list only the stages whose controller changed.
+
+    They are those of `model`; None: of the default. `models` has the changes of other models, if there are any.
+    """
+    others = sorted({*before.models, *after.models} - {model})
+    changes = {name: changed for name in others if (changed := _changed(before.own(name), after.own(name)))["before"]}
     record = json.dumps(
         {
             "when": by.when.isoformat(),
@@ -290,15 +345,24 @@ def _line(
             "action": action,
             "why": by.why,
             "digest": digest,
-            "before": {stage: before.stages[stage] for stage in changed},
-            "after": {stage: after.stages[stage] for stage in changed},
-            "share": after.share,
+            **({} if model is None else {"model": model}),
+            **_changed(before.own(model), after.own(model)),
+            "share": after.own(model).share,
+            **({"models": changes} if changes else {}),
             "forced": by.forced,
             "version": after.version,
             "chain": chain,
         }
     )
     return record.encode()
+
+
+def _changed(before: StageHolders, after: StageHolders) -> dict[str, dict[str, str | None]]:
+    changed = [stage for stage in RolloutStage if before.stages[stage] != after.stages[stage]]
+    return {
+        "before": {stage: before.stages[stage] for stage in changed},
+        "after": {stage: after.stages[stage] for stage in changed},
+    }
 
 
 def _parse_line(line: bytes) -> Mapping[str, Any]:

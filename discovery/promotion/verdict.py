@@ -1,11 +1,14 @@
-"""Verdict of the gate: the conditions a finalist must meet and the report on them. No I/O, no randomness."""
+"""Verdict of the gate: the judgement of a finalist by the conditions it must meet, and the report on it.
+
+No I/O, no randomness.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -17,14 +20,35 @@ from pydantic import TypeAdapter
 from discovery.data.atomic_files import atomic_write
 from discovery.data.recordings import Cell
 from discovery.evaluation.paired_statistics import (
+    ONE_SIDED,
     bootstrap_bounds,
     detectable_difference,
-    question_values,
+    questions_needed,
     sequential_alpha,
     sign_flip_p,
 )
 from discovery.evaluation.score_set import ControllerScores, ScoreSet, cheapest_at_accuracy
 from discovery.evaluation.scores import BOTH_SIDES
+from discovery.promotion.conditions import (
+    Condition,
+    GateTerms,
+    accuracy_gains,
+    afs_gains,
+    check_accuracy,
+    check_cells,
+    check_failures,
+    check_path,
+    check_source,
+    check_without_each_model,
+    describe_interval,
+    describe_tokens,
+    finite_or_none,
+    pool_questions,
+)
+from discovery.promotion.question_gains import CurveAxis
+
+NON_INFERIORITY: Final = ONE_SIDED / 100
+"""Level of the test that accuracy loses less than the margin."""
 
 
 class GateVerdict(StrEnum):
@@ -33,32 +57,6 @@ class GateVerdict(StrEnum):
     PROMOTE = "promote"  # every condition is met
     REJECT = "reject"  # a final condition is not met
     UNDECIDED = "undecided"  # more questions could decide
-
-
-@dataclass(frozen=True)
-class GateTerms:
-    """Requirements on a finalist."""
-
-    alpha: float = 0.05  # probability of ever promoting a finalist that is no better, over the split's lifetime
-    beta: float = 0.5  # the deployed β, at which accuracy must not drop
-    margin: float = 1.0  # points of accuracy that may be lost at the deployed β
-    losing: float = 2.0  # points of AFS that no single cell may lose
-    slowdown: float = 1.25  # maximum critical path as a multiple of the champion's, plus one interval
-
-
-DEFAULT_TERMS: Final = GateTerms()
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One condition and whether it is met."""
-
-    name: str
-    held: bool
-    final: bool  # if it is not met, more questions would not change that
-    figure: float | None  # None if unknown
-    bound: float | None
-    words: str
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,22 @@ class Headlines:
 
 
 @dataclass(frozen=True)
+class SequenceReport:
+    """State of a sequential judgement, which goes on as questions are added."""
+
+    id: str  # of its finalist, champion, models, benchmark and settings
+    look: int  # number of this look, from 1
+    branches: int  # recorded branches that a question needs to be included
+    axes: dict[str, list[CurveAxis]]  # curves of finalist and champion by model, at which questions are valued
+    axis_questions: list[str]  # shortened ids of the questions that gave the curves
+    gains: dict[str, tuple[float, float]]  # points of AFS, and of accuracy at equal tokens, by shortened question id
+    e_value: float  # evidence that the gain is above 0
+    accuracy_e_value: float  # evidence that accuracy loses less than the margin
+    waiting: int  # questions that have fewer branches
+    excluded: int  # questions that another judgement at this level has used
+
+
+@dataclass(frozen=True)
 class GateReport:
     """Everything a verdict is based on."""
 
@@ -109,6 +123,13 @@ class GateReport:
     created: str
     who: str
     answers: str = ""  # how answers are compared; empty if unknown
+    model: str = ""  # the one model that it was judged for, on that model's cells only; empty: all models
+    more: int | None = None  # further questions that would likely decide, if undecided; None if unknown
+    sequence: SequenceReport | None = None  # of a sequential judgement
+
+    def with_conditions(self, conditions: list[Condition]) -> GateReport:
+        """Return the report with these conditions and the verdict that follows from them."""
+        return replace(self, conditions=conditions, verdict=_verdict(conditions))
 
     @property
     def failed(self) -> list[Condition]:
@@ -120,7 +141,8 @@ class GateReport:
         """The result in one line."""
         saved = self.headlines.savings
         savings = "" if saved is None else f", {saved:.0f} % fewer tokens at equal accuracy"
-        return f"{self.delta_afs:+.2f} points of AFS against {self.champion}{savings}"
+        scope = f" on model {self.model}" if self.model else ""
+        return f"{self.delta_afs:+.2f} points of AFS against {self.champion}{scope}{savings}"
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as JSON, as it is written and kept in the ledger."""
@@ -148,48 +170,76 @@ class JudgementContext(NamedTuple):
     split: str  # fingerprint
     created: str
     who: str
+    model: str = ""  # the one model that it is judged for; empty: all models
 
 
 def judge(measured: ScoreSet, terms: GateTerms, about: JudgementContext) -> GateReport:
     """Judge the first side of `measured` against the second."""
-    finalist, champion = measured.sides
-    gains = {cell: finalist.parts(cell) - champion.parts(cell) for cell in measured.baselines}
-    cells = [_cell(cell, gain, finalist, champion) for cell, gain in gains.items()]
-    of_questions = _pooled(gains, measured)
-    spent = sequential_alpha(about.k, terms.alpha)
-    p = sign_flip_p(of_questions, spent)
-    delta = float(of_questions.mean())
-    low, high = bootstrap_bounds(of_questions, BOTH_SIDES)
+    by_cell = afs_gains(measured)
+    gains = pool_questions(by_cell, measured)
+    accuracy = pool_questions(accuracy_gains(measured, terms.beta), measured)
+    level = sequential_alpha(about.k, terms.alpha)
+    p = sign_flip_p(gains, level)
+    low, high = bootstrap_bounds(gains, BOTH_SIDES)
+    text = f"p = {p:.4g}, {level:.4g} allowed: finalist {about.k}"
     conditions = [
-        _static(about.advice),
-        _failures(finalist),
-        Condition("better", delta > 0, True, delta, 0.0, f"ΔAFS {delta:+.2f} points, {_between(low, high)}"),
-        Condition("significant", p <= spent, False, p, spent, f"p = {p:.4g}, {spent:.4g} allowed: finalist {about.k}"),
-        _accuracy(measured, terms),
-        _losing(cells, terms),
-        _path(measured, terms),
-        _without_each_model(gains, measured),
+        *first_conditions(measured, gains, describe_interval(low, high), about),
+        Condition("significant", p <= level, False, p, level, text),
+        check_accuracy(accuracy, describe_tokens(measured, terms.beta), terms),
+        check_cells(by_cell, terms),
+        check_path(measured, terms),
+        check_without_each_model(by_cell, measured),
     ]
+    report = make_report(measured, terms, about, by_cell, conditions)
+    return replace(
+        report,
+        p=p,
+        interval=(low, high) if math.isfinite(low) else None,
+        mde=detectable_difference(gains, level),
+        more=_more_questions(gains, accuracy, terms, about.k) if report.verdict is GateVerdict.UNDECIDED else None,
+    )
+
+
+def first_conditions(
+    measured: ScoreSet, gains: NDArray[np.float64], interval: str, about: JudgementContext
+) -> list[Condition]:
+    """Return the conditions on the source, the failures, and the sign of the gain."""
+    delta = float(gains.mean())
+    better = Condition("better", delta > 0, True, delta, 0.0, f"ΔAFS {delta:+.2f} points, {interval}")
+    return [check_source(about.advice), check_failures(measured.sides[0]), better]
+
+
+def make_report(
+    measured: ScoreSet,
+    terms: GateTerms,
+    about: JudgementContext,
+    gains: Mapping[Cell, NDArray[np.float64]],
+    conditions: list[Condition],
+) -> GateReport:
+    """Return the report with the verdict that follows from the conditions, without p-value and interval."""
+    finalist, champion = measured.sides
+    pooled = pool_questions(gains, measured)
     return GateReport(
         digest=finalist.spec.digest,
         name=finalist.spec.name,
         champion=champion.spec.name,
         champion_digest=champion.spec.digest,
         verdict=_verdict(conditions),
-        alpha=spent,
+        alpha=sequential_alpha(about.k, terms.alpha),
         k=about.k,
-        p=p,
-        delta_afs=delta,
-        interval=(low, high) if math.isfinite(low) else None,
-        mde=detectable_difference(of_questions, spent),
-        questions=of_questions.size,
+        p=1.0,
+        delta_afs=float(pooled.mean()),
+        interval=None,
+        mde=None,
+        questions=pooled.size,
         conditions=conditions,
-        cells=cells,
+        cells=[_cell(cell, gain, finalist, champion) for cell, gain in gains.items()],
         headlines=_headlines(finalist, champion, terms.beta),
         split=about.split,
         created=about.created,
         who=about.who,
         answers=measured.answers,
+        model=about.model,
     )
 
 
@@ -200,64 +250,22 @@ def _verdict(conditions: Sequence[Condition]) -> GateVerdict:
     return GateVerdict.REJECT if any(condition.final for condition in failed) else GateVerdict.UNDECIDED
 
 
-def _pooled(values: Mapping[Cell, NDArray[np.float64]], measured: ScoreSet) -> NDArray[np.float64]:
-    return question_values(values, {cell: measured.baselines[cell].questions for cell in values})
+def _more_questions(gains: NDArray[np.float64], accuracy: NDArray[np.float64], terms: GateTerms, k: int) -> int | None:
+    """Return how many more questions would decide with probability `terms.power` if the observed effects are real.
+
+    A judgement on more questions is the next one on these questions, so its level is lower. None if the observed
+    effects are too small, or if they are not what is missing.
+    """
+    needed = [
+        questions_needed(float(gains.mean()), _spread(gains), sequential_alpha(k + 1, terms.alpha), terms.power),
+        questions_needed(float(accuracy.mean()) + terms.margin, _spread(accuracy), NON_INFERIORITY, terms.power),
+    ]
+    known = [count for count in needed if count is not None]
+    return max(known) - gains.size if len(known) == len(needed) and max(known) > gains.size else None
 
 
-# Conditions
-
-
-def _static(advice: Sequence[str]) -> Condition:
-    return Condition("static", not advice, True, len(advice), 0, "; ".join(advice) or "no findings in the source")
-
-
-def _failures(finalist: ControllerScores) -> Condition:
-    failures = [failure for score in finalist.scores for failure in score.failures]
-    text = f"{len(failures)} episodes failed: {failures[0].message}" if failures else "no episode failed"
-    return Condition("failures", not failures, True, len(failures), 0, text)
-
-
-def _accuracy(measured: ScoreSet, terms: GateTerms) -> Condition:
-    """Check non-inferiority at the deployed β; final only if accuracy is significantly below the champion's."""
-    finalist, champion = measured.sides
-    gains = {cell: finalist.right(cell, terms.beta) - champion.right(cell, terms.beta) for cell in measured.baselines}
-    of_questions = _pooled(gains, measured)
-    low, high = bootstrap_bounds(of_questions)
-    text = f"{of_questions.mean():+.2f} points at β = {terms.beta:g}, {_between(low, high, 90)}"
-    return Condition("accuracy", low >= -terms.margin, high < 0, _known(low), -terms.margin, text)
-
-
-def _losing(cells: Sequence[CellReport], terms: GateTerms) -> Condition:
-    """Check that no cell loses more than allowed, significantly."""
-    lost = [cell for cell in cells if cell.delta_afs < -terms.losing and cell.high is not None and cell.high < 0]
-    worst = min(lost or cells, key=lambda cell: cell.delta_afs)
-    text = f"{worst.model} {worst.benchmark}: ΔAFS {worst.delta_afs:+.2f}"
-    return Condition("cells", not lost, True, worst.delta_afs, -terms.losing, text)
-
-
-def _path(measured: ScoreSet, terms: GateTerms) -> Condition:
-    """Check the p95 critical path, averaged over cells, at the β where it exceeds its limit most."""
-    finalist, champion = ([side.curves[cell].points for cell in measured.baselines] for side in measured.sides)
-    interval = np.mean([baseline.interval for baseline in measured.baselines.values()])
-    paths, allowed = (np.array([[point.path for point in points] for points in side]) for side in (finalist, champion))
-    mean, bound = paths.mean(axis=0), terms.slowdown * allowed.mean(axis=0) + interval
-    at = int(np.argmax(mean - bound))
-    text = f"{mean[at]:,.0f} tokens at β = {finalist[0][at].beta:g}, {bound[at]:,.0f} allowed"
-    return Condition("path", bool(mean[at] <= bound[at]), True, float(mean[at]), float(bound[at]), text)
-
-
-def _without_each_model(gains: Mapping[Cell, NDArray[np.float64]], measured: ScoreSet) -> Condition:
-    """Check that the gain remains if any one model is left out. Never final, because it does not show a loss."""
-    left: dict[str, float] = {}
-    for model in dict.fromkeys(cell.model for cell in gains):
-        rest = {cell: gain for cell, gain in gains.items() if cell.model != model}
-        if rest:
-            left[model] = float(_pooled(rest, measured).mean())
-    if not left:
-        return Condition("models", True, False, None, 0.0, "only one model; none can be left out")
-    model = min(left, key=left.__getitem__)
-    text = f"without {model}: ΔAFS {left[model]:+.2f}"
-    return Condition("models", left[model] > 0, False, left[model], 0.0, text)
+def _spread(values: NDArray[np.float64]) -> float:
+    return float(values.std(ddof=1)) if values.size > 1 else math.inf
 
 
 # Figures
@@ -271,8 +279,8 @@ def _cell(cell: Cell, gain: NDArray[np.float64], finalist: ControllerScores, cha
         split=cell.split,
         questions=gain.size,
         delta_afs=float(gain.mean()),
-        low=_known(low),
-        high=_known(high),
+        low=finite_or_none(low),
+        high=finite_or_none(high),
         finalist=list(_points(finalist, cell)),
         champion=list(_points(champion, cell)),
     )
@@ -292,14 +300,6 @@ def _headlines(finalist: ControllerScores, champion: ControllerScores, beta: flo
             saved.append(100 * (1 - tokens / theirs.tokens))
         gained.append(curve.accuracy_at(theirs.tokens) - theirs.accuracy)
     return Headlines(beta, float(np.mean(saved)) if saved else None, len(saved), float(np.mean(gained)))
-
-
-def _between(low: float, high: float, percent: int = 95) -> str:
-    return f"{percent} % in [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else "only one question"
-
-
-def _known(bound: float) -> float | None:
-    return bound if math.isfinite(bound) else None
 
 
 def card_of(report: GateReport, lineage: Sequence[str] = (), **more: Any) -> dict[str, Any]:

@@ -6,23 +6,25 @@ interrupted.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from inspect import getsource
 from shlex import quote
 from sys import modules
 from typing import Any, Final
 
 from controllers.builtin import BUILT_IN
+from controllers.loading import Spec
 from discovery.errors import BudgetExhausted, ExplorerError
 from discovery.evaluation.afs import Curve, mean_afs
-from discovery.search.cascade import BASELINE, CandidateVerdict, Cascade, mean_curve
+from discovery.search.cascade import BASELINE, REFERENCE, CandidateVerdict, Cascade, mean_curve
 from discovery.search.explorers import Candidate, Cost, Explorer, ExplorerContext, ScoredCandidate
 from discovery.search.history import History
 from discovery.search.trial_pool import TrialSettings
 
-BASELINES: Final = ("cmc", "short_m_at_k", "self_consistency", "asc")
+BASELINES: Final = (REFERENCE, "cmc", "short_m_at_k", "self_consistency", "asc")
 """Built-in controllers that every run begins with."""
 FINALISTS: Final = 5
 """Number of best candidates that are tried again in new branch orders, of which one is chosen."""
@@ -31,6 +33,8 @@ FIRST_FINAL_SHUFFLE: Final = 1000
 """First branch order in which finalists are tried; no search uses orders this high."""
 FINAL_BETAS: Final = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """Values of β at which finalists are tried."""
+
+log = logging.getLogger(__name__)
 
 Digester = Callable[[Candidate], str]
 """Returns a digest of a candidate's traces for explorers to read."""
@@ -71,6 +75,8 @@ class SearchLoop:
         self._seed = seed
         self._digester = digester
         self._digests: dict[str, str] = {}
+        self._pairs: list[tuple[Candidate, CandidateVerdict]] = []
+        self._paired_steps = 0
 
     @property
     def steps(self) -> int:
@@ -80,18 +86,25 @@ class SearchLoop:
     @property
     def verdicts(self) -> list[CandidateVerdict]:
         """All verdicts, in order."""
-        return [verdict for _, verdict in read_pairs(self.history)]
+        return [verdict for _, verdict in self.pairs]
 
     @property
     def candidates(self) -> list[Candidate]:
         """All judged candidates, in order."""
-        return [candidate for candidate, _ in read_pairs(self.history)]
+        return [candidate for candidate, _ in self.pairs]
+
+    @property
+    def pairs(self) -> list[tuple[Candidate, CandidateVerdict]]:
+        """All judged candidates with their verdicts, in order; only new steps of the history are read."""
+        self._pairs += read_pairs(self.history, self._paired_steps)
+        self._paired_steps = self.steps
+        return list(self._pairs)
 
     @property
     def spent(self) -> float:
         """Cost of all proposals, in USD."""
         bodies = self.history.bodies("proposed")
-        return float(sum(_candidate(one).cost.usd for body in bodies for one in body["candidates"]))
+        return float(sum(Cost(*one["cost"]).usd for body in bodies for one in body["candidates"]))
 
     def search(self, limits: SearchLimits, on_step: Callable[[SearchLoop], None] = lambda run: None) -> None:
         """Propose and judge until a limit is reached or the explorer has no more candidates.
@@ -100,7 +113,7 @@ class SearchLoop:
         """
         until = None if limits.minutes is None else time.monotonic() + 60 * limits.minutes
         if not self.history.bodies("proposed"):
-            self._propose(baselines())
+            self._propose(baselines(self._cascade.has_probes))
         while True:
             if len(self.history.bodies("proposed")) > self.steps:
                 self._judge()
@@ -118,8 +131,8 @@ class SearchLoop:
 
     def context(self) -> ExplorerContext:
         """Return what the explorer is shown now."""
-        standings = [_standing(*pair) for pair in read_pairs(self.history)]
-        context = ExplorerContext(self._seed, self.steps, standings)
+        standings = [_standing(*pair) for pair in self.pairs]
+        context = ExplorerContext(self._seed, self.steps, standings, has_probes=self._cascade.has_probes)
         if self._digester is None:
             return context
         best = [leader.candidate for leader in context.leaders[:2]]
@@ -127,46 +140,64 @@ class SearchLoop:
             if candidate.digest not in self._digests:
                 self._digests[candidate.digest] = self._digester(candidate)
         # only the current leaders, because a resumed run has no digests of earlier ones
-        return ExplorerContext(
-            self._seed, self.steps, standings, {candidate.digest: self._digests[candidate.digest] for candidate in best}
-        )
+        digests = {candidate.digest: self._digests[candidate.digest] for candidate in best}
+        return replace(context, digests=digests)
 
-    def choose_finalist(self, shuffles: int = FINAL_SHUFFLES) -> Finalist:
+    def choose_finalist(self, shuffles: int = FINAL_SHUFFLES, choosing: int | None = None) -> Finalist:
         """Try the best candidates again in new branch orders, choose one, and measure it in the sandbox.
 
-        Raises ExplorerError if no candidate was scored.
+        It is chosen under `choosing` orders, by default the `shuffles` it is measured under. If the kernel has chosen
+        it, the measurement must agree with the kernel; otherwise the next best is chosen.
+
+        Raises ExplorerError if no candidate was scored, or none agrees.
         """
         leaders = [leader for leader in self.context().leaders if leader.candidate.explorer != BASELINE][:FINALISTS]
         if not leaders:
             raise ExplorerError(self._no_finalist())
-        fresh = range(FIRST_FINAL_SHUFFLE, FIRST_FINAL_SHUFFLE + shuffles)
+        trial = TrialSettings(FINAL_BETAS, range(FIRST_FINAL_SHUFFLE, FIRST_FINAL_SHUFFLE + shuffles))
+        choice = replace(trial, shuffles=range(FIRST_FINAL_SHUFFLE, FIRST_FINAL_SHUFFLE + (choosing or shuffles)))
         tried = {
-            leader.candidate.digest: mean_afs(
-                self._cascade.measure(leader.candidate, TrialSettings(FINAL_BETAS, fresh))
-            )
+            leader.candidate.digest: self._cascade.score(self._cascade.measure(leader.candidate, choice), choice)
             for leader in leaders
         }
-        best = max((leader.candidate for leader in leaders), key=lambda candidate: tried[candidate.digest])
-        curves = self._cascade.measure(best, TrialSettings(FINAL_BETAS, fresh), sealed=True)
+        ranked = sorted((leader.candidate for leader in leaders), key=lambda candidate: -tried[candidate.digest])
+        best, curves, disagreeing = self._measure_first(ranked, trial)
         if self.history.events[-1].kind != "chosen":  # otherwise a finished run was resumed, which ends as before
             self.history.append(
                 "chosen",
                 {
                     "digest": best.digest,
                     "afs": round(mean_afs(curves), 6),
-                    "tried": {digest: round(afs, 6) for digest, afs in tried.items()},
+                    "tried": tried,  # scores by digest
                     "curve": mean_curve(curves),
+                    **({"disagreeing": disagreeing} if disagreeing else {}),  # with the kernel; digests
                 },
             )
         return Finalist(best, curves, self._lineage(best))
 
+    def _measure_first(
+        self, ranked: Sequence[Candidate], trial: TrialSettings
+    ) -> tuple[Candidate, list[Curve], list[str]]:
+        """Measure candidates in the sandbox until one agrees with the kernel, if there is one.
+
+        Returns it, its curves, and the digests of those before it. Raises ExplorerError if none agrees.
+        """
+        disagreeing: list[str] = []
+        for candidate in ranked:
+            curves = self._cascade.measure(candidate, trial, sealed=True)
+            if not self._cascade.has_kernel or curves == self._cascade.measure(candidate, trial):
+                return candidate, curves, disagreeing
+            log.error("%s: the kernel and the sandboxed controller file disagree; please report it", candidate.name)
+            disagreeing.append(candidate.digest)
+        raise ExplorerError("the compiled kernel and the controller files disagree; search without it (--no-kernel)")
+
     def _no_finalist(self) -> str:
         """Return why there is no candidate to choose, and what to do."""
-        verdicts = [verdict for one, verdict in read_pairs(self.history) if one.explorer != BASELINE]
+        verdicts = [verdict for one, verdict in self.pairs if one.explorer != BASELINE]
         if not verdicts:
             return "no candidate was tried; search longer"
         reasons = f"see the reasons with `autotts history show {quote(str(self.history.path.parent))}`"
-        dropped = sum(verdict.few is not None for verdict in verdicts)
+        dropped = sum(verdict.few is not None or bool(verdict.rungs) for verdict in verdicts)
         if not dropped:
             return f"all {len(verdicts)} candidates failed; {reasons}"
         return (
@@ -200,9 +231,10 @@ class SearchLoop:
         return line[::-1]
 
 
-def baselines() -> list[Candidate]:
-    """Return the built-in controllers that a run begins with, with their sources."""
-    return [Candidate(name, getsource(modules[BUILT_IN[name].__module__]), BASELINE) for name in BASELINES]
+def baselines(has_probes: bool = True) -> list[Candidate]:
+    """Return the built-in controllers that a run begins with, with their sources. Without probes, none probes."""
+    names = [name for name in BASELINES if has_probes or not Spec(name).needs_probes]
+    return [Candidate(name, getsource(modules[BUILT_IN[name].__module__]), BASELINE) for name in names]
 
 
 def card(run: SearchLoop, finalist: Finalist, data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,11 +264,11 @@ def card(run: SearchLoop, finalist: Finalist, data: Mapping[str, Any], settings:
     }
 
 
-def read_pairs(history: History) -> list[tuple[Candidate, CandidateVerdict]]:
-    """Return all judged candidates with their verdicts, in order."""
+def read_pairs(history: History, start: int = 0) -> list[tuple[Candidate, CandidateVerdict]]:
+    """Return all judged candidates with their verdicts, in order, from the step `start` on."""
     return [
         (_candidate(candidate), _verdict(verdict))
-        for proposed, judged in zip(history.bodies("proposed"), history.bodies("judged"), strict=False)
+        for proposed, judged in zip(history.bodies("proposed")[start:], history.bodies("judged")[start:], strict=False)
         for candidate, verdict in zip(proposed["candidates"], judged["verdicts"], strict=True)
     ]
 
@@ -246,14 +278,18 @@ def _candidate(body: Mapping[str, Any]) -> Candidate:
 
 
 def _verdict(body: Mapping[str, Any]) -> CandidateVerdict:
-    return CandidateVerdict(**{**body, "curve": [tuple(point) for point in body["curve"]]})
+    pairs = [tuple(point) for point in body["curve"]]
+    return CandidateVerdict(**{**body, "curve": pairs, "rungs": tuple(body.get("rungs", ()))})
 
 
 def _standing(candidate: Candidate, verdict: CandidateVerdict) -> ScoredCandidate:
     """Return a candidate with its rounded result; explorers would overfit to more digits."""
     score = None if verdict.score is None else round(verdict.score, 2)
     curve = [(beta, rounded_tokens(tokens), round(accuracy, 1)) for beta, tokens, accuracy in verdict.curve]
-    return ScoredCandidate(candidate, score, curve, verdict.failure)
+    estimate = verdict.screened if verdict.few is None else verdict.few
+    if verdict.rungs:  # the largest, so that those who went further are not below those who were dropped before
+        estimate = max(verdict.rungs)
+    return ScoredCandidate(candidate, score, curve, verdict.failure, None if estimate is None else round(estimate, 2))
 
 
 def rounded_tokens(tokens: float) -> int:

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from controllers import Round, State, Verb, run_sync
 from discovery.data.recordings import Cell, Recording, Split
-from discovery.data.traces import Trace, TracedEpisode, read_trace
+from discovery.data.traces import Trace, TracedEpisode, finished_confidences, read_trace, running_confidences
 from discovery.errors import RecordingsNotFound
 from discovery.evaluation.replay import ReplayEnvironment, branch_order
 
@@ -29,6 +29,9 @@ LOOKED_AT: Final = 1_500
 """Maximum episodes that are replayed, sampled evenly from the files."""
 ROWS: Final = 6
 """Maximum rounds shown of an episode."""
+HEADINGS: Final = "round  running  finished     tokens  votes; latest labels of running branches"
+CONFIDENCES: Final = " (in brackets their mean confidence in per mille)"
+"""Added to the headings if signals are known."""
 
 
 class EpisodeFault(StrEnum):
@@ -269,7 +272,7 @@ def _describe(episode: StudiedEpisode, title: str) -> str:
             f"This answer led for good from round {episode.settled_in} on, {episode.after:,} tokens before the end.",
             f"{correct_text} {episode.chains_right} of {episode.chains} recorded chains end with the correct answer.",
             f"Opened: {opened}.",
-            "round  running  finished     tokens  votes; latest labels of running branches",
+            HEADINGS + CONFIDENCES * any("(" in row for row in rows),
             *rows,
         ]
     )
@@ -285,7 +288,13 @@ def _rounds(trace: Trace, episode: StudiedEpisode) -> tuple[list[str], str]:
         if new:
             opened.append(f"{new} in round {state.rounds}")
         leaning = Counter(label for i in state.active if (label := state.branches[i].label) is not None)
-        votes = f"{_votes(state.votes, episode.correct)}; {_votes(leaning, episode.correct)}"
+        votes = "; ".join(
+            _votes(counts, episode.correct, confidences)
+            for counts, confidences in (
+                (state.votes, finished_confidences(state)),
+                (leaning, running_confidences(state)),
+            )
+        )
         row = f"{state.rounds:5d}{len(state.active):9d}{len(state.finished):10d}{state.spent:11,d}  {votes}"
         if votes != last_votes or state.stop is not None:
             rows.append(row)
@@ -294,10 +303,13 @@ def _rounds(trace: Trace, episode: StudiedEpisode) -> tuple[list[str], str]:
     return _thinned(rows, ROWS), ", ".join(opened[:ROWS]) + more
 
 
-def _votes(votes: Mapping[int, int], correct: int | None, most: int = 4) -> str:
-    """List labels by count with the correct one marked: `A 5, C+ 2 …`."""
+def _votes(votes: Mapping[int, int], correct: int | None, confidences: Mapping[int, int], most: int = 4) -> str:
+    """List labels by count with the correct one marked: `A 5, C+ 2 …`; with known confidences `A 5 (812), C+ 2 …`."""
     ranked = sorted(votes.items(), key=lambda item: -item[1])
-    texts = [f"{_letter(label)}{'+' * (label == correct)} {count}" for label, count in ranked[:most]]
+    sure = {label: f" ({confidence})" for label, confidence in confidences.items()}
+    texts = [
+        f"{_letter(label)}{'+' * (label == correct)} {count}{sure.get(label, '')}" for label, count in ranked[:most]
+    ]
     return (", ".join(texts) or "–") + (" …" if len(ranked) > most else "")
 
 

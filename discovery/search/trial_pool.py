@@ -1,28 +1,24 @@
-"""Pool of worker processes that score controllers on recordings, which are mapped into memory once per search."""
+"""Pool of workers that score controllers on recordings, which they share for the whole search."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from multiprocessing import get_context
-from pathlib import Path
+from functools import cached_property
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from controllers.loading import Spec
-from discovery.data.mapped_recordings import load_mapped, write_mapped
 from discovery.data.recordings import Cell, Recording
-from discovery.errors import EngineError, RecordingsNotFound
+from discovery.errors import RecordingsNotFound
 from discovery.evaluation.afs import Anchor, Curve, chain_anchor, curves
-from discovery.evaluation.replay_jobs import Job, JobResult, ReplayRules, run_job
+from discovery.evaluation.engines import JobPool, ProcessJobPool
+from discovery.evaluation.replay_jobs import Job, JobResult, ReplayRules
 from discovery.evaluation.scores import Score, gather_scores
 
-DIED = "a worker process died"
+KEPT_CELLS: Final = 64
+"""Cells whose recordings a worker keeps loaded."""
 
 
 @dataclass(frozen=True)
@@ -34,49 +30,72 @@ class TrialSettings:
     every: int = 1  # use every n-th question
 
 
+class TrialAnchors:
+    """Single-chain anchors of some cells over the questions of a trial; they are computed once."""
+
+    def __init__(self, cells: Mapping[Cell, Sequence[Recording]]) -> None:
+        self._cells = cells
+        self._known: dict[int, Mapping[Cell, Anchor]] = {}
+
+    def of(self, trial: TrialSettings) -> Mapping[Cell, Anchor]:
+        """Return the anchor of each cell."""
+        if trial.every not in self._known:
+            self._known[trial.every] = {
+                cell: chain_anchor(recordings[:: trial.every]) for cell, recordings in self._cells.items()
+            }
+        return self._known[trial.every]
+
+
+def can_be_probed(cells: Mapping[Cell, Sequence[Recording]]) -> bool:
+    """Return whether all branches can be probed. Whole replies cannot."""
+    return all(recording.has_probes for recordings in cells.values() for recording in recordings)
+
+
 class TrialPool:
-    """Pool of worker processes on the recordings of some cells. Leaving its context ends the processes."""
+    """Pool of workers on the recordings of some cells. Leaving its context ends them.
+
+    They are the workers of `pool`, by default `workers` processes.
+    """
 
     def __init__(
-        self, cells: Mapping[Cell, Sequence[Recording]], rules: ReplayRules, workers: int | None = None
+        self,
+        cells: Mapping[Cell, Sequence[Recording]],
+        rules: ReplayRules,
+        workers: int | None = None,
+        pool: JobPool | None = None,
     ) -> None:
         if not cells:
             raise RecordingsNotFound("no recordings to try controllers on")
         self.cells = cells
         self.rules = rules
-        self._workers = workers or len(os.sched_getaffinity(0))
+        self._anchors = TrialAnchors(cells)
+        self._pool = pool or ProcessJobPool(workers, KEPT_CELLS)
+
+    @property
+    def has_probes(self) -> bool:
+        """Whether all branches can be probed."""
+        return can_be_probed(self.cells)
 
     def __enter__(self) -> Self:
-        self._folder = tempfile.TemporaryDirectory(prefix="autotts-")
-        self._mapped = {
-            cell: write_mapped(recordings, Path(self._folder.name, str(number)))
-            for number, (cell, recordings) in enumerate(self.cells.items())
-        }
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["discovery.search.trial_pool"])
-        self._pool = ProcessPoolExecutor(self._workers, mp_context=context)
+        self._pool.__enter__()
+        self.shared = {cell: self._pool.share(recordings) for cell, recordings in self.cells.items()}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        self._folder.cleanup()
+        self._pool.__exit__(kind, error, at)
 
-    def anchors(self, trial: TrialSettings) -> Mapping[Cell, Anchor]:
-        """Return the single-chain anchor of each cell, over the questions of a trial."""
-        return {cell: chain_anchor(recordings[:: trial.every]) for cell, recordings in self.cells.items()}
+    def submit(
+        self, spec: Spec, trial: TrialSettings, rules: ReplayRules | None = None, earlier: PendingTrial | None = None
+    ) -> PendingTrial:
+        """Start trying a controller; the result is waited for when it is read. Raises EngineError.
 
-    def submit(self, spec: Spec, trial: TrialSettings, rules: ReplayRules | None = None) -> PendingTrial:
-        """Start trying a controller; the result is waited for when it is read. Raises EngineError."""
-        cells = [cell for cell in self.cells for _ in trial.betas]
-        jobs = [Job(spec, beta, cell, trial.shuffles) for cell in self.cells for beta in trial.betas]
-        try:
-            waiting = [
-                self._pool.submit(_play, job, self._mapped[cell], trial.every, rules or self.rules)
-                for job, cell in zip(jobs, cells, strict=True)
-            ]
-        except BrokenProcessPool:
-            raise EngineError(DIED) from None
-        return PendingTrial(jobs, waiting, self.anchors(trial))
+        `earlier` is a trial that differs only in that it has fewer branch orders: the others are played and added.
+        """
+        orders = trial.shuffles if earlier is None else trial.shuffles[earlier.orders :]
+        jobs = [Job(spec, beta, cell, orders) for cell in self.cells for beta in trial.betas]
+        waiting = [self.shared[job.cell](job, rules or self.rules, trial.every) for job in jobs]
+        pending = PendingTrial(jobs, waiting, self._anchors.of(trial))
+        return pending if earlier is None else earlier.extended(pending)
 
     def measure(self, spec: Spec, trial: TrialSettings, rules: ReplayRules | None = None) -> list[Curve]:
         """Try a controller and return its curves, one per cell. Raises EngineError, SandboxUnavailable."""
@@ -93,28 +112,28 @@ class PendingTrial:
         self._waiting = waiting
         self._anchors = anchors
 
+    @property
+    def orders(self) -> int:
+        """Number of branch orders."""
+        return max(job.shuffles.stop for job in self._jobs)
+
+    def extended(self, further: PendingTrial) -> PendingTrial:
+        """Return this trial together with one of the same controller under the branch orders that follow."""
+        pairs = [*zip(self._jobs, self._waiting, strict=True), *zip(further._jobs, further._waiting, strict=True)]
+        place = {(job.cell, job.beta): at for at, job in enumerate(further._jobs)}
+        pairs.sort(key=lambda pair: (place[pair[0].cell, pair[0].beta], pair[0].shuffles.start))
+        return PendingTrial([job for job, _ in pairs], [future for _, future in pairs], self._anchors)
+
     @cached_property
     def scores(self) -> list[Score]:
         """The scores, one per cell and β. Waits for the trial. Raises EngineError, SandboxUnavailable."""
-        try:
-            return list(
-                gather_scores((job, future.result()) for job, future in zip(self._jobs, self._waiting, strict=True))
-            )
-        except BrokenProcessPool:
-            raise EngineError(DIED) from None
+        return list(
+            gather_scores((job, future.result()) for job, future in zip(self._jobs, self._waiting, strict=True))
+        )
 
     def curves(self) -> list[Curve]:
         """Return the scores as curves, one per cell. Waits for the trial. Raises EngineError, SandboxUnavailable."""
         return curves(self.scores, self._anchors)
-
-
-def _play(job: Job, path: Path, every: int, rules: ReplayRules) -> JobResult:
-    return run_job(job, _recordings(path)[::every], rules)
-
-
-@lru_cache(maxsize=64)
-def _recordings(path: Path) -> list[Recording]:
-    return load_mapped(path)
 
 
 def describe_failures(all_scores: Iterable[Score]) -> str:

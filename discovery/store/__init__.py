@@ -1,8 +1,9 @@
-"""The replay store: questions, recordings, episodes, feedback, labels and searches, in SQLite.
+"""The replay store: questions, recordings, episodes, feedback, labels and searches, in SQLite or PostgreSQL.
 
 Imported by every folder above it and the proxy. Imports data and errors.
 """
 
+from discovery.store.databases.places import DatabaseUrl, StorePlace, child_environment, parse_place
 from discovery.store.records import (
     AddedCounts,
     CellSummary,
@@ -17,11 +18,12 @@ from discovery.store.records import (
     TriedCandidate,
     VerificationReport,
 )
-from discovery.store.sqlite import Store
+from discovery.store.replay_store import Store
 
 __all__ = [
     "AddedCounts",
     "CellSummary",
+    "DatabaseUrl",
     "EpisodeDetails",
     "Feedback",
     "ForgottenCounts",
@@ -31,6 +33,9 @@ __all__ = [
     "ServedSummary",
     "Store",
     "StoreItem",
+    "StorePlace",
     "TriedCandidate",
     "VerificationReport",
+    "child_environment",
+    "parse_place",
 ]

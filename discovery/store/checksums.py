@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Final
 
 Row = tuple[Any, ...]
+_ENCODER: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def checksum(values: Sequence[Any]) -> str:
@@ -30,4 +31,4 @@ def has_valid_checksum(row: Sequence[Any]) -> bool:
 
 def canonical_json(value: Any) -> str:
     """Return compact JSON with sorted keys. Stored digests depend on it, so it must not change."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return _ENCODER.encode(value)

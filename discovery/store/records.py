@@ -13,9 +13,14 @@ from controllers.sandbox.proof import SandboxLevel
 from discovery.data.recordings import Cell, LabelSource, RecordedQuestion
 
 
+def stored_time(time: datetime) -> str:
+    """Return a time as the store writes it: in UTC, all of one length, so that texts sort in the order of time."""
+    return time.astimezone(UTC).isoformat(timespec="microseconds")
+
+
 def utc_now() -> str:
-    """Return the current time in UTC, in the format that is stored."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")
+    """Return the current time as the store writes it."""
+    return stored_time(datetime.now(UTC))
 
 
 class EpisodeDetails(TypedDict, total=False):
@@ -24,8 +29,9 @@ class EpisodeDetails(TypedDict, total=False):
     beta_source: str
     stage: str | None  # rollout stage that chose the controller; None if the request named it
     fallback: str | None  # why the baseline took over, if it did
+    baseline: str  # name of the controller that took over, if one did
     decided: int  # rounds decided by the controller, before the baseline took over
-    limits: Mapping[str, int | None]  # fields of `controllers.Limits`
+    limits: Mapping[str, int | bool | None]  # fields of `controllers.Limits`
     spent: int  # tokens its rounds cost; the ledger also counts tokens spent outside rounds
     seconds: float  # duration from request to reply
     answers: Sequence[str]  # by label
@@ -38,12 +44,21 @@ class EpisodeDetails(TypedDict, total=False):
     probe_template: str
     streamed: bool
     votable: bool
+    selected_by: str | None  # what decided among whole replies: vote, judge, overlap; None if nothing had to
+    branch: str  # `reply` if its branches are whole replies of the upstream, which cannot be probed
+    vote_class: str  # class of its answer, if that is a structured vote; recordings hold it in place of the text
+    reply_class: str  # class of the reply's vote, if it differs: the vote on JSON selects by single fields
+    signals: Sequence[str]  # signals that were measured, if any: for its controller, the shadow or a recording
     refused: str | None
     """Why the proxy ended the episode as `max_tokens`.
 
     `cut_short` or `sent_too_much`: it did not play the next round. `all_cut`: the controller gave no answer after the
     request's limit had cut every branch.
     """
+    min_agreement: float  # share of the votes that the request asked for, if it did
+    flagged: bool  # the reply had less; only with `min_agreement`, and if there was a reply
+    escalated_at: int  # rounds before the baseline continued the episode at a larger β, if it did
+    escalated_beta: float  # that β
     client_request_id: str  # the client's own id of the request, if it sent one
 
 
@@ -68,6 +83,11 @@ class ServedEpisode:
     tenant: str = ""  # hash of the tenant; empty for a caller without a key
     about: EpisodeDetails = field(default_factory=lambda: EpisodeDetails())
     trace: str = ""  # its rounds, as `discovery.data.packed_rounds` packs them
+
+    @property
+    def recorded_answer(self) -> str | None:
+        """Its answer as recordings hold it."""
+        return self.about.get("vote_class", self.answer)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def _check_types(table: str, row: Sequence[Any]) -> None:
 
 def row_key(table: str, row: Sequence[Any]) -> tuple[Any, ...]:
     """Return the values of a row's primary key."""
-    return tuple(row[: 2 if table == "branches" else 1])
+    return tuple(row[: 2 if table in ("branches", "branch_signals") else 1])
 
 
 def describe_row(table: str, key: Sequence[Any]) -> str:

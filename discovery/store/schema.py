@@ -1,6 +1,7 @@
 """The store's tables, as a sequence of migrations. A store is brought up to date when it is opened.
 
-Types and statements are valid in PostgreSQL too. Every row ends in a checksum over its other columns, in this order.
+Statements are written as SQLite takes them; `adapt_schema` of a connection adapts them to PostgreSQL. Every row ends in
+a checksum over its other columns, in this order. Only tables that can be made anew from others have none.
 Times are UTC in ISO 8601.
 """
 
@@ -144,7 +145,74 @@ BY_QUESTION: Final[Migration] = (
     "CREATE INDEX recordings_by_question ON recordings (question_id, model, benchmark)",
 )
 
-MIGRATIONS: Final[Sequence[Migration]] = (FIRST, SANDBOX, RUNS, LIVE, BY_QUESTION)
+SIGNALS: Final[Migration] = (
+    # A table of its own: the checksums of known branches stay valid, and branches without signals need no row.
+    """CREATE TABLE branch_signals (
+        recording_id TEXT NOT NULL REFERENCES recordings (id),
+        number INTEGER NOT NULL,
+        confidences TEXT NOT NULL,
+        lowests TEXT NOT NULL,
+        probe_confidences TEXT NOT NULL,
+        checksum TEXT NOT NULL,
+        PRIMARY KEY (recording_id, number)
+    )""",
+)
+
+_SUMS: Final = """(
+        measure TEXT NOT NULL,
+        start TEXT NOT NULL,
+        tenant TEXT NOT NULL,
+        model TEXT NOT NULL,
+        name TEXT NOT NULL,
+        episodes BIGINT NOT NULL,
+        tokens BIGINT NOT NULL,
+        seconds DOUBLE PRECISION NOT NULL,
+        PRIMARY KEY (measure, start, tenant, model, name)
+    ) WITHOUT ROWID"""
+"""Columns of the tables of sums. Days are summed from hours."""
+USAGE: Final[Migration] = (
+    # These tables are derived from `episodes`, so their rows have no checksums; `discovery.store.usage` makes them.
+    # They are clustered by their keys: lists read the first in the order of time, charts the others by measure.
+    """CREATE TABLE episode_facts (
+        created TEXT NOT NULL,
+        id TEXT NOT NULL,
+        tenant TEXT NOT NULL,
+        model TEXT NOT NULL,
+        controller TEXT NOT NULL,
+        stop TEXT NOT NULL,
+        beta DOUBLE PRECISION NOT NULL,
+        is_fallback INTEGER NOT NULL,
+        seconds DOUBLE PRECISION NOT NULL,
+        latency INTEGER NOT NULL,
+        tokens BIGINT NOT NULL,
+        winner BIGINT NOT NULL,
+        agreeing BIGINT NOT NULL,
+        losing BIGINT NOT NULL,
+        pruned BIGINT NOT NULL,
+        probe BIGINT NOT NULL,
+        finalise BIGINT NOT NULL,
+        aborted BIGINT NOT NULL,
+        PRIMARY KEY (created, id)
+    ) WITHOUT ROWID""",
+    f"CREATE TABLE usage_hours {_SUMS}",
+    f"CREATE TABLE usage_days {_SUMS}",
+    # The hour before which everything is summed.
+    "CREATE TABLE usage_summed (until TEXT NOT NULL)",
+    "INSERT INTO usage_summed (until) VALUES ('')",
+)
+
+JUDGE: Final[Migration] = ("ALTER TABLE episode_facts ADD COLUMN judge BIGINT NOT NULL DEFAULT 0",)
+
+RETENTION: Final[Migration] = (
+    # Used when old records expire, and when questions that nothing refers to are removed.
+    "CREATE INDEX feedback_by_age ON feedback (created)",
+    "CREATE INDEX episodes_by_question ON episodes (question_id)",
+)
+
+DERIVED: Final = (USAGE, JUDGE)
+"""Migrations after which usage is made anew from the episodes."""
+
+MIGRATIONS: Final[Sequence[Migration]] = (FIRST, SANDBOX, RUNS, LIVE, BY_QUESTION, SIGNALS, USAGE, JUDGE, RETENTION)
 """Statements that lead from each version to the next. A store's version is the number of migrations it has had."""
 
 COLUMNS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
@@ -164,6 +232,7 @@ COLUMNS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
         "runs": ("id", "explorer", "seed", "settings", "candidates", "created"),
         "candidates": ("id", "run_id", "digest", "name", "explorer", "parent", "score", "failure", "usd", "source"),
         "provenance": ("recording_id", "chat_template", "request_id"),
+        "branch_signals": ("recording_id", "number", "confidences", "lowests", "probe_confidences"),
         "labels": ("id", "question_id", "source", "answer", "confidence", "margin", "created"),
         "forgotten": ("id", "created"),
     }
@@ -177,13 +246,6 @@ NUMBERS: Final = frozenset(
     }
 )
 """Columns that hold numbers; all others hold text."""
-
-
-def insert_statement(table: str) -> str:
-    """Return the statement that inserts a row, or does nothing if its key exists."""
-    columns = (*COLUMNS[table], "checksum")
-    places = ", ".join("?" * len(columns))
-    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places}) ON CONFLICT DO NOTHING"
 
 
 def select_statement(table: str, rest: str = "") -> str:

@@ -58,6 +58,7 @@ class _KeyEntry(BaseModel):
 
     sha256: Annotated[list[Hash], Field(min_length=1, max_length=8), BeforeValidator(_as_list)]
     admin: Annotated[bool, Field(strict=True)] = False
+    priority: Annotated[bool, Field(strict=True)] = False
     branches: PositiveInt | None = None
     tokens: PositiveInt | None = None
     tokens_per_minute: PositiveInt | None = None
@@ -79,6 +80,7 @@ class Key(NamedTuple):
     hashes: tuple[str, ...]  # SHA-256 in hex of each token that is accepted for it
     is_admin: bool
     caps: Caps
+    has_priority: bool = False  # it may set `priority` and the headers of inference gateways
 
     @property
     def tenant(self) -> str:
@@ -190,7 +192,7 @@ def _parse_entry(path: Path, text: str, name: str, value: object) -> Key:
         )
         raise _entry_error(path, text, name, f"{field}: {problem}") from None
     caps = Caps(entry.branches, entry.tokens, entry.tokens_per_minute, entry.episodes)
-    return Key(name, tuple(entry.sha256), entry.admin, caps)
+    return Key(name, tuple(entry.sha256), entry.admin, caps, entry.priority)
 
 
 def _entry_error(path: Path, text: str, name: str, problem: str) -> SettingsError:
@@ -253,7 +255,10 @@ class Keyring:
 
     def find(self, token: str) -> Key | None:
         """Return the key that `token` belongs to, or None. The time it takes does not reveal a match."""
-        token_hash = hash_key(token)
+        return self.find_hash(hash_key(token))
+
+    def find_hash(self, token_hash: str) -> Key | None:
+        """Return the key of the token with this hash, or None."""
         match = None
         for key in self.keys:
             for digest in key.hashes:

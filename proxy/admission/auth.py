@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from hashlib import blake2b
 from hmac import compare_digest, digest
@@ -16,6 +17,7 @@ from proxy.admission.token_budget import Caps, limit_below
 from proxy.errors import Forbidden, SettingsError, Unauthorised
 from proxy.http.json_edit import edit_members
 from proxy.http.origins import is_loopback
+from proxy.requests import field_table
 from proxy.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -40,10 +42,20 @@ class Caller(NamedTuple):
     key: str = ""  # name of its key; empty if no keys are configured
     caps: Caps = Caps()
     salt: str | None = None  # isolates its entries in the upstream's prefix cache; None if the cache is shared
+    has_priority: bool = False  # its key may set `priority` and the headers of inference gateways
 
     def may_see(self, tenant: str) -> bool:
         """Return whether it may see the requests of `tenant`."""
         return self.is_admin or self.tenant == tenant
+
+    @property
+    def may_prioritise(self) -> bool:
+        """Whether it may set `priority` and the headers of inference gateways."""
+        return self.is_admin or self.has_priority
+
+    def fields_to_drop(self, fields: Mapping[str, object]) -> Collection[str]:
+        """Return the names of a request's fields that are not forwarded. Raises Forbidden."""
+        return field_table.fields_to_drop(fields, is_admin=self.is_admin, may_prioritise=self.may_prioritise)
 
     def with_cache_salt(self, body: bytes) -> bytes:
         """Return the body for the upstream, with this tenant's cache salt if tenants are isolated.
@@ -67,6 +79,7 @@ class Authenticator:
         common = Caps(tokens=settings.max_total_tokens, tokens_per_minute=settings.tokens_per_minute)
         if limit := limit_below(common, needed):
             logger.warning("the server's limit %s %s", limit, api_keys.too_small_warning(needed))
+        self._processes = 1 if settings.limits else settings.workers  # over which the limits of a key are divided
         self._admin_key = settings.admin_key
         secret = settings.cache_secret
         self._secret = secrets.token_bytes(32) if secret is None else secret.get_secret_value().encode()
@@ -89,7 +102,24 @@ class Authenticator:
                 "unknown API key" if token else "missing API key; send it as a bearer token",
                 code="invalid_api_key",
             )
-        return Caller(key.tenant, key.is_admin, key.name, key.caps, self._salt(key.tenant))
+        return self._caller(key)
+
+    def identify_hash(self, token_hash: str) -> Caller | None:
+        """Return the caller whose token has this hash (`api_keys.hash_key`); None if no key has it, or none any more.
+
+        Unlike `identify`, it knows no callers without keys.
+        """
+        admin = None if self._admin_key is None else self._admin_key.get_secret_value()
+        if admin is not None and compare_digest(api_keys.hash_key(admin), token_hash):
+            tenant = _anonymous(admin)
+            return Caller(tenant, True, salt=self._salt(tenant))
+        key = None if self.keyring is None else self.keyring.find_hash(token_hash)
+        return None if key is None else self._caller(key)
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether there is any key: of a client or of an admin."""
+        return self._admin_key is not None or self.keyring is not None
 
     def is_authenticated(self, request: Request) -> bool:
         """Return whether `request` has a known key or needs none."""
@@ -121,6 +151,10 @@ class Authenticator:
             advice += ", or add `admin = true` to a key of its key file"
         raise Forbidden(f"{target} is for admins only; {advice}", code="admin_only")
 
+    def _caller(self, key: api_keys.Key) -> Caller:
+        caps = key.caps if self._processes == 1 else key.caps.share(self._processes)
+        return Caller(key.tenant, key.is_admin, key.name, caps, self._salt(key.tenant), key.has_priority)
+
     def _salt(self, tenant: str) -> str | None:
         """Return the tenant's cache salt. Only this proxy can compute it, so cache hits reveal no other's prompts."""
         return None if self.keyring is None else digest(self._secret, tenant.encode(), "sha256").hex()
@@ -133,7 +167,11 @@ def min_request_tokens(settings: Settings) -> int:
 
 
 def _token(request: Request) -> str:
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    """Return the API key of a request: its bearer token or, without an `authorization` header, its `x-api-key`."""
+    given = request.headers.get("authorization")
+    if given is None:
+        return request.headers.get("x-api-key", "").strip()  # as clients of Anthropic's API send it
+    scheme, _, token = given.partition(" ")
     return token.strip() if scheme.lower() == "bearer" else ""
 
 

@@ -27,9 +27,10 @@ class QueueFull(Exception):
 class Permit:
     """The right of one request to run. `async with` waits for it."""
 
-    def __init__(self, queue: FairQueue, holder: str, limit: int | None) -> None:
+    def __init__(self, queue: FairQueue, holder: str, limit: int | None, is_ready: bool) -> None:
         self.holder = holder
         self.limit = limit  # permits that the holder may have at a time
+        self.is_ready = is_ready  # whether it may be granted; else it only waits
         self.granted = asyncio.Event()
         self.since = 0.0  # when it was granted, by the loop's clock
         self._queue = queue
@@ -44,6 +45,11 @@ class Permit:
 
     async def __aexit__(self, *_: object) -> None:
         self.release()
+
+    def make_ready(self) -> None:
+        """Let the permit be granted."""
+        self.is_ready = True
+        self._queue.grant_free(self.holder)
 
     def release(self) -> None:
         """Give the permit back. Further calls do nothing."""
@@ -60,29 +66,27 @@ class FairQueue:
         self.queue = queue  # requests that may wait, over all holders
         self.taken: Counter[str] = Counter()  # granted permits, by holder
         self.in_flight = 0  # granted permits
+        self.waiting = 0  # requests that wait, over all holders
         self.mean_s = INITIAL_MEAN_S  # moving average of how long permits are held
         self._waiting: OrderedDict[str, deque[Permit]] = OrderedDict()  # by holder, in the order of their turns
-
-    @property
-    def waiting(self) -> int:
-        """Number of requests that wait."""
-        return sum(map(len, self._waiting.values()))
 
     def waiting_of(self, holder: str) -> int:
         """Return the number of requests of one holder that wait."""
         return len(self._waiting.get(holder, ()))
 
-    def enter(self, holder: str, limit: int | None = None, *, share: int = 1) -> Permit:
+    def enter(self, holder: str, limit: int | None = None, *, share: int = 1, is_ready: bool = True) -> Permit:
         """Return a permit for a request of `holder`, which may not be granted yet. Raises QueueFull.
 
-        The holder may have `limit` granted permits at a time, and may fill 1/`share` of the queue, rounded up.
+        The holder may have `limit` granted permits at a time, and may fill 1/`share` of the queue, rounded up. Unless
+        `is_ready`, the permit is granted only after `make_ready`.
         """
-        permit = Permit(self, holder, limit)
-        if not self._waiting and self.in_flight < self.places and self._may_run(holder, limit):
+        permit = Permit(self, holder, limit, is_ready)
+        if is_ready and not self._waiting and self.in_flight < self.places and self._may_run(holder, limit):
             self._grant(permit)
             return permit
         self._waiting.setdefault(holder, deque()).append(permit)
-        self._grant_next()
+        self.waiting += 1
+        self.grant_free(holder)
         if not permit.granted.is_set():
             is_share_full = self.waiting_of(holder) > -(-self.queue // share)
             if is_share_full or self.waiting > self.queue:
@@ -93,6 +97,7 @@ class FairQueue:
     def take_back(self, permit: Permit) -> None:
         """Free a granted permit, or remove one that still waits."""
         holder = permit.holder
+        was_full = self.in_flight >= self.places
         if permit.granted.is_set():
             self.mean_s += MEAN_WEIGHT * (asyncio.get_running_loop().time() - permit.since - self.mean_s)
             self.in_flight -= 1
@@ -101,27 +106,31 @@ class FairQueue:
                 del self.taken[holder]
         else:
             self._remove(permit)
-        self._grant_next()  # a removed permit may have blocked later ones of its holder
+        self.grant_free(None if was_full else holder)  # a removed permit may have blocked later ones of its holder
 
     def _remove(self, permit: Permit) -> None:
         queue = self._waiting[permit.holder]
         queue.remove(permit)
+        self.waiting -= 1
         if not queue:
             del self._waiting[permit.holder]
 
-    def _grant_next(self) -> None:
-        """Grant free places to the next holders that may run. A holder that gets one moves to the end."""
+    def grant_free(self, holder: str | None = None) -> None:
+        """Grant free places to the next holders that may run. A holder that gets one moves to the end.
+
+        If a change can let only one `holder` run, it is named, so that others that wait for their own limits are not
+        looked at.
+        """
         while self.in_flight < self.places:
+            queues = self._waiting.values() if holder is None else [self._waiting.get(holder, ())]
+            first = (next((permit for permit in queue if permit.is_ready), None) for queue in queues)
             permit = next(
-                (queue[0] for holder, queue in self._waiting.items() if self._may_run(holder, queue[0].limit)), None
+                (permit for permit in first if permit is not None and self._may_run(permit.holder, permit.limit)), None
             )
             if permit is None:
                 return
-            queue = self._waiting[permit.holder]
-            queue.popleft()
             self._waiting.move_to_end(permit.holder)
-            if not queue:
-                del self._waiting[permit.holder]
+            self._remove(permit)
             self._grant(permit)
 
     def _may_run(self, holder: str, limit: int | None) -> bool:

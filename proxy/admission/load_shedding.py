@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 
 from proxy.settings import Settings
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream.client import UpstreamClient
+from proxy.upstream.fleet.interface import Upstream
 
 POLL_S: Final = 1.0
 """Seconds between polls while there is traffic."""
@@ -53,7 +53,7 @@ def parse_watermarks(text: str | None) -> Watermarks | None:
 class LoadShedding:
     """Polls the load of one upstream while there is traffic. Without watermarks it is off and never polls."""
 
-    def __init__(self, engine: UpstreamClient, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, engine: Upstream, settings: Settings, metrics: Metrics) -> None:
         self._engine = engine
         self._metrics = metrics
         self._waiting = parse_watermarks(settings.load_waiting)

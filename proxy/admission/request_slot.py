@@ -15,13 +15,13 @@ from starlette.types import Receive, Scope, Send
 
 from proxy.admission.auth import Caller
 from proxy.admission.fair_queue import FairQueue, Permit, QueueFull
+from proxy.admission.limits import LimitUsage, Place, RequestLimits
 from proxy.admission.token_bound import GENERATES_NOTHING, TokenBound, bound_request
 from proxy.admission.token_budget import (
     BudgetExceeded,
     Caps,
     EpisodeCaps,
     Reservation,
-    TokenBudgets,
     TokenLimit,
     request_limit,
     retry_after,
@@ -45,21 +45,33 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound="RequestSlot")
 
-_NOTHING_GENERATED: Final = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
-"""Statuses of upstream failures that mean that nothing was generated."""
+_REDIRECTION: Final = int(HTTPStatus.MULTIPLE_CHOICES)
+_NOTHING_GENERATED: Final = frozenset(
+    {
+        *range(_REDIRECTION, HTTPStatus.INTERNAL_SERVER_ERROR),
+        int(HTTPStatus.BAD_GATEWAY),
+        int(HTTPStatus.SERVICE_UNAVAILABLE),
+    }
+)
+"""Statuses that mean that nothing was generated."""
 
 
 class RequestSlot:
     """The permit and reserved tokens of one request. `async with` waits for the permit and releases the slot."""
 
-    def __init__(self, permit: Permit, reservation: Reservation, caps: EpisodeCaps) -> None:
+    def __init__(self, permit: Permit, place: Place, reservation: Reservation, caps: EpisodeCaps) -> None:
         self.caps = caps
         self.due = 0  # tokens charged if the slot is released without being settled
         self._permit = permit
+        self._place = place
         self._reservation = reservation
 
     async def __aenter__(self) -> None:
-        await self._permit.__aenter__()
+        if not self._permit.is_ready:
+            await self._place.wait()
+            self._permit.make_ready()
+        if not self._permit.granted.is_set():
+            await self._permit.__aenter__()
 
     async def __aexit__(self, *_: object) -> None:
         self.release()
@@ -71,6 +83,7 @@ class RequestSlot:
     def release(self) -> None:
         """Charge the tokens that are due, unless the slot is settled, and free the rest and the permit."""
         self.settle(self.due)
+        self._place.release()
         self._permit.release()
 
 
@@ -80,12 +93,13 @@ class PassthroughSlot(RequestSlot):
     def __init__(
         self,
         permit: Permit,
+        place: Place,
         reservation: Reservation,
         caps: EpisodeCaps,
         bound: TokenBound,
         count: Callable[[int, str], object],
     ) -> None:
-        super().__init__(permit, reservation, caps)
+        super().__init__(permit, place, reservation, caps)
         self._bound = bound
         self._count: Callable[[int, str], object] | None = count  # called once with the cost and its kind
 
@@ -98,9 +112,9 @@ class PassthroughSlot(RequestSlot):
             self.due = 0
             raise
         status = answered.status_code
-        if HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.INTERNAL_SERVER_ERROR or status in _NOTHING_GENERATED:
+        if status in _NOTHING_GENERATED:
             self.due = 0
-        elif self.due and isinstance(answered, StreamedResponse) and status < HTTPStatus.MULTIPLE_CHOICES:
+        elif self.due and isinstance(answered, StreamedResponse) and status < _REDIRECTION:
             bounded = BoundedReplyMeter(self._bound, is_stream=_is_event_stream(answered))
             answered = answered.with_source(_metered(answered.source, self, bounded))
         if self.caps.tokens is None and isinstance(answered, StreamedResponse):
@@ -120,52 +134,59 @@ class PassthroughSlot(RequestSlot):
 class RequestSlots:
     """Creates the request slots of one proxy. It needs a running event loop."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, limits: RequestLimits) -> None:
         self.episodes = FairQueue(settings.max_episodes, settings.queue)
         self.passthrough = FairQueue(settings.max_passed, settings.queue)
-        self.budgets = TokenBudgets(settings.tokens_per_minute)
+        self._limits = limits
         self._max_branches = settings.max_branches
         self._common = Caps(settings.max_branches, settings.max_total_tokens, settings.tokens_per_minute)
         self._metrics = metrics
         self._warned: set[str] = set()  # sources of caps that a warning has named
-        for kind, queue in (("episode", self.episodes), ("passed", self.passthrough)):
+        self._queues = {"episode": self.episodes, "passed": self.passthrough}
+        for kind, queue in self._queues.items():
             metrics.queue.labels(kind).set_function(lambda queue=queue: queue.waiting)  # type: ignore[misc]
 
-    def acquire_episode(self, request: Request, max_tokens: int | None) -> RequestSlot:
-        """Return a slot for an episode. `max_tokens` is the request's own limit. Raises TooMany."""
+    async def acquire_episode(self, request: Request, max_tokens: int | None) -> RequestSlot:
+        """Return a slot for an episode. `max_tokens` is the request's own limit. Raises TooMany or LimitsAway."""
         caller: Caller = request.state.caller
         limit = request_limit(max_tokens, caller.key, caller.caps, self._common)
-        return self._acquire_episode(request, caller, EpisodeCaps(self._branches(caller), *limit))
+        return await self._acquire_episode(request, caller, EpisodeCaps(self._branches(caller), *limit))
 
-    def acquire_episodes(self, request: Request, max_tokens: int | None, count: int) -> Sequence[RequestSlot]:
-        """Return slots for `count` episodes of one request, which share its limit evenly. Raises TooMany."""
+    async def acquire_episodes(self, request: Request, max_tokens: int | None, count: int) -> Sequence[RequestSlot]:
+        """Return slots for `count` episodes of one request, which share its limit evenly.
+
+        Raises TooMany or LimitsAway.
+        """
         caller: Caller = request.state.caller
         tokens, source = request_limit(max_tokens, caller.key, caller.caps, self._common)
         share = None if tokens is None else max(1, tokens // count)
         caps = EpisodeCaps(self._branches(caller), share, f"the share of each of {count} prompts in {source}")
-        return [self._acquire_episode(request, caller, caps) for _ in range(count)]
+        return [await self._acquire_episode(request, caller, caps) for _ in range(count)]
 
     def token_bound(self, request: Request, parsed: GenerationRequest, model: Model) -> TokenBound:
         """Return the token bound of a forwarded request. Raises BadRequest if it exceeds the caller's limits."""
         caller: Caller = request.state.caller
         return bound_request(parsed, caller.caps.within(self._common), model.max_length, caller.key, caller.caps)
 
-    def acquire_passthrough(self, request: Request, model: str, bound: TokenBound | None) -> PassthroughSlot:
-        """Return a slot for a forwarded request. Without `bound` the request generates nothing. Raises TooMany."""
+    async def acquire_passthrough(self, request: Request, model: str, bound: TokenBound | None) -> PassthroughSlot:
+        """Return a slot for a forwarded request. Without `bound` the request generates nothing.
+
+        Raises TooMany or LimitsAway.
+        """
         caller: Caller = request.state.caller
 
         def count(tokens: int, kind: str) -> None:
-            self._metrics.tokens.labels(model, "", "", kind).inc(tokens)
+            self._metrics.child(self._metrics.tokens, model, "", "", kind).inc(tokens)
 
         bound = GENERATES_NOTHING if bound is None else bound
         caps = EpisodeCaps(self._branches(caller), bound.max_tokens)
-        return self._acquire(
+        return await self._acquire(
             request,
-            self.passthrough,
+            "passed",
             caller,
             TokenLimit(bound.max_tokens, "as many as it may generate"),
             "set a smaller max_tokens",
-            lambda permit, reservation: PassthroughSlot(permit, reservation, caps, bound, count),
+            lambda permit, place, reservation: PassthroughSlot(permit, place, reservation, caps, bound, count),
         )
 
     def warn_of_cut(self, caps: EpisodeCaps) -> None:
@@ -185,60 +206,55 @@ class RequestSlots:
         own = caller.caps.branches
         return self._max_branches if own is None else min(own, self._max_branches)
 
-    def _acquire_episode(self, request: Request, caller: Caller, caps: EpisodeCaps) -> RequestSlot:
-        return self._acquire(
+    async def _acquire_episode(self, request: Request, caller: Caller, caps: EpisodeCaps) -> RequestSlot:
+        return await self._acquire(
             request,
-            self.episodes,
+            "episode",
             caller,
             TokenLimit(caps.tokens, caps.source),
             "set tts.max_total_tokens or the key's limit `tokens`" if caller.key else "set tts.max_total_tokens",
-            lambda permit, reservation: RequestSlot(permit, reservation, caps),
+            lambda permit, place, reservation: RequestSlot(permit, place, reservation, caps),
         )
 
-    def _acquire(
+    async def _acquire(
         self,
         request: Request,
-        queue: FairQueue,
+        kind: str,
         caller: Caller,
         limit: TokenLimit,
         advice: str,
-        make: Callable[[Permit, Reservation], T],
+        make: Callable[[Permit, Place, Reservation], T],
     ) -> T:
         """Reserve the tokens of `limit` and a permit, and make a slot that is released with the request's leases.
 
         `advice` ends the message of a refusal: it says how the request could reserve fewer tokens.
         """
-        now = time.monotonic()
-        self.budgets.forget(now)
         try:
-            reservation = self.budgets.reserve(caller.holder, caller.caps.tokens_per_minute, limit.tokens, now)
+            reservation = await self._limits.reserve(caller.holder, caller.caps.tokens_per_minute, limit.tokens)
         except BudgetExceeded as error:
-            message = f"{self._budget_state(error.holder, now)}; {_reserves(limit)}; retry later, or {advice}"
+            message = f"{_budget_state(error)}; {_reserves(limit)}; retry later, or {advice}"
             raise self._refuse("tokens_per_minute", message, error.after_s) from None
-        share = 2 if caller.key else 1
         try:
-            permit = queue.enter(caller.holder, caller.caps.episodes, share=share)
+            place = await self._limits.place(kind, caller.holder, caller.caps.episodes)
+        except BaseException:
+            reservation.settle(0, time.monotonic())
+            raise
+        queue = self._queues[kind]
+        try:
+            share = 2 if caller.key else 1
+            permit = queue.enter(caller.holder, caller.caps.episodes, share=share, is_ready=place.is_held)
         except QueueFull as error:
-            reservation.settle(0, now)
+            reservation.settle(0, time.monotonic())
+            place.release()
             if error.own:
                 message = f"{queue.waiting_of(caller.holder)} requests of key {caller.key} are waiting; retry later"
                 raise self._refuse("key_queue_full", message, error.after_s) from None
             message = f"{queue.in_flight} requests are running and {queue.waiting} are waiting; retry later"
             raise self._refuse("queue_full", message, error.after_s) from None
-        slot = make(permit, reservation)
+        slot = make(permit, place, reservation)
         leases: ExitStack = request.state.leases
         leases.callback(slot.release)
         return slot
-
-    def _budget_state(self, holder: str, now: float) -> str:
-        """Return why a budget has no room. The numbers of the common budget are for admins only."""
-        if not holder:
-            return "the requests of all clients leave too little of the server's limit AUTOTTS_TOKENS_PER_MINUTE"
-        window = self.budgets.windows[holder]
-        return (
-            f"key {holder} has spent {window.spent(now)} of its {window.cap} tokens of this minute, and its running "
-            f"requests have reserved {window.reserved}"
-        )
 
     def _refuse(self, reason: str, message: str, after_s: float) -> TooMany:
         self._metrics.refusals.labels(reason).inc()
@@ -248,30 +264,29 @@ class RequestSlots:
             code="queue_full" if reason == "queue_full" else "rate_limit_exceeded",
         )
 
-    def as_json(self, callers: Mapping[str, Caps]) -> dict[str, Any]:
-        """Return running requests and the last minute's tokens, in total and for each of `callers` by key name."""
-        now = time.monotonic()
+    async def as_json(self, callers: Mapping[str, Caps]) -> dict[str, Any]:
+        """Return running requests and the last minute's tokens, in total and for each of `callers` by key name.
+
+        With shared limits these are tokens over all proxies, and so are the running requests of keys that limit them.
+        """
+        used = await self._limits.usage(callers)
 
         def usage(holder: str, caps: Caps) -> dict[str, Any]:
-            window = self.budgets.windows.get(holder)
-            unused = None if caps.tokens_per_minute is None else 0  # tokens are counted only under a cap
+            running = used[holder].running or {}
             return {
                 "limits": caps._asdict(),
-                "episodes": self.episodes.taken[holder],
-                "passed": self.passthrough.taken[holder],
+                "episodes": running.get("episode", self.episodes.taken[holder]),
+                "passed": running.get("passed", self.passthrough.taken[holder]),
                 "waiting": self.episodes.waiting_of(holder) + self.passthrough.waiting_of(holder),
-                "spent": unused if window is None else window.spent(now),
-                "reserved": unused if window is None else window.reserved,
+                **_tokens(used[holder]),
             }
 
-        common = self.budgets.common
         total = {
             "limits": self._common._replace(episodes=self.episodes.places)._asdict(),
             "episodes": self.episodes.in_flight,
             "passed": self.passthrough.in_flight,
             "waiting": self.episodes.waiting + self.passthrough.waiting,
-            "spent": None if common is None else common.spent(now),
-            "reserved": None if common is None else common.reserved,
+            **_tokens(used[""]),
         }
         return {"all": total, "keys": {name: usage(name, caps) for name, caps in callers.items()}}
 
@@ -286,6 +301,33 @@ class LeaseResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self.leases:
             await self.response(scope, receive, send)
+
+
+async def with_leases(request: Request, endpoint: Callable[[Request], Awaitable[Response]]) -> LeaseResponse:
+    """Call an endpoint. The leases of its request are released once the response is sent, or if there is none."""
+    leases = request.state.leases = ExitStack()
+    try:
+        response = await endpoint(request)
+    except BaseException:
+        leases.close()
+        raise
+    return LeaseResponse(response, leases)
+
+
+def _budget_state(error: BudgetExceeded) -> str:
+    """Return why a budget has no room. The numbers of the common budget are for admins only."""
+    if not error.holder:
+        return "the requests of all clients leave too little of the server's limit AUTOTTS_TOKENS_PER_MINUTE"
+    state = error.state
+    return (
+        f"key {error.holder} has spent {state.spent} of its {state.cap} tokens of this minute, and its running "
+        f"requests have reserved {state.reserved}"
+    )
+
+
+def _tokens(usage: LimitUsage) -> dict[str, int | None]:
+    state = usage.tokens
+    return {"spent": None if state is None else state.spent, "reserved": None if state is None else state.reserved}
 
 
 def _reserves(limit: TokenLimit) -> str:

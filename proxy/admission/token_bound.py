@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from proxy.admission.token_budget import Caps, request_limit
 from proxy.errors import BadRequest
+from proxy.requests.anthropic_request import MessagesRequest
 from proxy.requests.chat_request import ChatRequest
 from proxy.requests.completion_request import CompletionRequest
 from proxy.requests.generation_request import GenerationRequest
@@ -24,6 +25,7 @@ _LIMIT_FIELDS: Final[Mapping[type[GenerationRequest], tuple[str, ...]]] = Mappin
         ChatRequest: ("max_completion_tokens", "max_tokens"),
         CompletionRequest: ("max_tokens",),
         ResponsesRequest: ("max_output_tokens",),
+        MessagesRequest: ("max_tokens",),
     }
 )
 """Fields that limit the tokens of a completion, by type of request. The first is set if the request has none."""
@@ -90,8 +92,8 @@ def bound_request(
         completions *= _count_prompts(request)
     put: dict[str, Any] = {}
     each = _limit_each(request, _CallerCaps(caps, key, own or Caps()), model_length, completions, put)
-    is_response = isinstance(request, ResponsesRequest)
-    adds_usage = bool(request.stream) and not is_response and not request.wants_usage
+    reports_usage = isinstance(request, ResponsesRequest | MessagesRequest)  # at the end of every stream
+    adds_usage = bool(request.stream) and not reports_usage and not request.wants_usage
     if adds_usage:
         options = {} if request.stream_options is None else request.stream_options.model_extra or {}
         kept = {name: value for name, value in options.items() if name != "continuous_usage_stats"}
@@ -102,7 +104,7 @@ def bound_request(
         put,
         adds_usage,
         is_usage_complete=extra.get("use_beam_search") in (None, False),  # usage leaves out dropped beams
-        shows_tokens=not is_response and request.model_fields_set | extra.keys() <= _TRANSPARENT_FIELDS,
+        shows_tokens=not reports_usage and request.model_fields_set | extra.keys() <= _TRANSPARENT_FIELDS,
     )
 
 

@@ -10,12 +10,14 @@ more. Callers pass the time in seconds. It must never go backwards.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from typing import Final, NamedTuple
 
 MINUTE_S: Final = 60.0
 GRAIN_S: Final = 1.0
 """Seconds of settlements that share one entry. The entry expires as if all of them had been at its end."""
+LOOKED_AT: Final = 4
+"""Windows that a call of `forget_idle` looks at. At most one is added between two calls, so it keeps up with them."""
 SHARE: Final = 4
 """Divisor of the minute's tokens that gives the cap of a request without one, so that it cannot take them all."""
 _SHARE_SOURCE: Final = "a quarter of"
@@ -31,7 +33,17 @@ class Caps(NamedTuple):
 
     def within(self, other: Caps) -> Caps:
         """Return the stricter of both limits in each field."""
+        if self == _NO_CAPS:
+            return other
         return Caps(*(smaller(first, second) for first, second in zip(self, other, strict=True)))
+
+    def share(self, count: int) -> Caps:
+        """Return the part of one of `count` processes that count tokens and running requests on their own."""
+        minute, episodes = self.tokens_per_minute, self.episodes
+        return self._replace(
+            tokens_per_minute=None if minute is None else max(1, minute // count),
+            episodes=None if episodes is None else max(1, episodes // count),
+        )
 
     def cap(self, requested: int | None) -> int | None:
         """Return the maximum tokens of a request whose own limit is `requested`. They fit into a minute's cap."""
@@ -39,6 +51,9 @@ class Caps(NamedTuple):
         if minute is None:
             return bound
         return max(1, minute // SHARE) if bound is None else min(bound, minute)
+
+
+_NO_CAPS: Final = Caps()
 
 
 class TokenLimit(NamedTuple):
@@ -100,13 +115,22 @@ def smaller(first: int | None, second: int | None) -> int | None:
     return second if first is None else first if second is None else min(first, second)
 
 
+class WindowState(NamedTuple):
+    """Tokens of a window at one time."""
+
+    cap: int
+    spent: int
+    reserved: int
+
+
 class BudgetExceeded(Exception):
     """A reservation does not fit into the budget now."""
 
-    def __init__(self, holder: str, after_s: float) -> None:
+    def __init__(self, holder: str, after_s: float, state: WindowState) -> None:
         super().__init__(holder)
         self.holder = holder
         self.after_s = after_s  # seconds until it fits at the earliest, if no other request is admitted meanwhile
+        self.state = state
 
 
 class TokenWindow:
@@ -124,6 +148,10 @@ class TokenWindow:
         while self._entries and self._entries[0][0] <= now - self.span_s:
             self._spent -= self._entries.popleft()[1]
         return self._spent
+
+    def state(self, now: float) -> WindowState:
+        """Return the tokens spent in the last `span_s` seconds and those reserved now."""
+        return WindowState(self.cap, self.spent(now), self.reserved)
 
     def room(self, now: float) -> int:
         """Return the tokens that may be reserved now."""
@@ -187,7 +215,12 @@ class TokenBudgets:
 
     def __init__(self, tokens_per_minute: int | None) -> None:
         self.common = None if tokens_per_minute is None else TokenWindow(tokens_per_minute)
-        self.windows: dict[str, TokenWindow] = {}  # by holder
+        self.windows: OrderedDict[str, TokenWindow] = OrderedDict()  # by holder
+
+    @property
+    def is_unlimited(self) -> bool:
+        """Whether there is no common window, and none of a holder."""
+        return self.common is None and not self.windows
 
     def reserve(self, holder: str, per_minute: int | None, tokens: int | None, now: float) -> Reservation:
         """Reserve `tokens` in the holder's window and in the common one, in both or in neither.
@@ -200,7 +233,7 @@ class TokenBudgets:
         waits = {name: window.after_s(wanted, now) for name, window in windows.items() if window.room(now) < wanted}
         if waits:
             longest = max(waits, key=lambda name: waits[name])
-            raise BudgetExceeded(longest, waits[longest])
+            raise BudgetExceeded(longest, waits[longest], windows[longest].state(now))
         for window in windows.values():
             window.reserve(wanted)
         return Reservation(tuple(windows.values()), wanted)
@@ -215,11 +248,23 @@ class TokenBudgets:
         return window
 
     def forget(self, now: float) -> None:
-        """Drop the windows in which nothing is reserved or spent."""
-        for holder, window in list(self.windows.items()):
-            window.spent(now)
-            if window.is_idle:
-                del self.windows[holder]
+        """Drop some of the windows in which nothing is reserved or spent; see `forget_idle`."""
+        forget_idle(self.windows, now)
+
+
+def forget_idle(windows: OrderedDict[str, TokenWindow], now: float) -> None:
+    """Drop those of the next few windows in which nothing is reserved or spent.
+
+    Calls go through all windows in turn, and each takes the same time however many there are. Call it whenever a
+    window may be added, so that idle ones do not pile up.
+    """
+    for _ in range(min(LOOKED_AT, len(windows))):
+        holder, window = next(iter(windows.items()))
+        window.spent(now)
+        if window.is_idle:
+            del windows[holder]
+        else:
+            windows.move_to_end(holder)
 
 
 class RateLimit:
@@ -227,13 +272,19 @@ class RateLimit:
 
     def __init__(self, per_minute: int) -> None:
         self.per_minute = per_minute
-        self._windows: dict[str, TokenWindow] = {}
+        self._windows: OrderedDict[str, TokenWindow] = OrderedDict()
+
+    @property
+    def holders(self) -> int:
+        """Number of holders that are remembered."""
+        return len(self._windows)
 
     def take(self, holder: str, now: float) -> None:
         """Count one use. Raises BudgetExceeded if the holder has reached the limit."""
+        forget_idle(self._windows, now)
         window = self._windows.setdefault(holder, TokenWindow(self.per_minute))
         if window.room(now) < 1:
-            raise BudgetExceeded(holder, window.after_s(1, now))
+            raise BudgetExceeded(holder, window.after_s(1, now), window.state(now))
         window.reserve(1)
         window.settle(1, 1, now)
 

@@ -15,10 +15,10 @@ from proxy.types import BetaSource, EffectiveBeta, Model
 class BetaDefaults:
     """Apply the operator's β and the calibrations to requests."""
 
-    def __init__(self, default: float | None, calibrations: Calibrations, champion: Callable[[], Spec]) -> None:
+    def __init__(self, default: float | None, calibrations: Calibrations, champion: Callable[[str], Spec]) -> None:
         self.calibrations = calibrations
         self._default = default
-        self._champion = champion  # returns the controller of requests that name none
+        self._champion = champion  # returns the champion of a model
 
     def default_for(self, model: str) -> float | None:
         """Return the β of requests that set none: the operator's, capped at the largest useful β of the calibration."""
@@ -29,7 +29,7 @@ class BetaDefaults:
 
         Raises BadRequest if there is no calibration of the model with the request's controller.
         """
-        first, champion, name = self.calibrations.get(model), self._champion(), options.controller
+        first, champion, name = self.calibrations.get(model), self._champion(model), options.controller
         if first is None:
             reason = f"there is no calibration for model {model!r}"
         elif calibration := first.of_digest(champion.digest) if name is None else first.of_name(name):
@@ -47,7 +47,7 @@ class BetaDefaults:
         return not beta.is_from_client and self._map(model.id).arm is Arm.SINGLE
 
     def _map(self, model: str) -> BetaMap:
-        """Return the useful range of β on a model with the champion; the full range if it was not calibrated."""
+        """Return the useful range of β on a model with its champion; the full range if it was not calibrated."""
         first = self.calibrations.get(model)
-        calibration = None if first is None else first.of_digest(self._champion().digest)
+        calibration = None if first is None else first.of_digest(self._champion(model).digest)
         return FULL_RANGE if calibration is None else calibration.map

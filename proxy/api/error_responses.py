@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from proxy import errors
 from proxy.api.response_headers import current_request_id
-from proxy.errors import ApiError, BadRequest, Forbidden, NotFound, RecordsAway, TooMany, Unauthorised
+from proxy.errors import ApiError, BadRequest, Forbidden, LimitsAway, NotFound, RecordsAway, TooMany, Unauthorised
 from proxy.http.sse import ClientDisconnected
 from proxy.passthrough.forward import UNSERVED_PATHS
 
@@ -75,7 +75,7 @@ class ErrorResponses:
 
 def _outcome(error: ApiError) -> str:
     """Return the outcome label under which `error` is counted; empty if it is counted elsewhere."""
-    if error.is_counted or isinstance(error, TooMany | RecordsAway):
+    if error.is_counted or isinstance(error, TooMany | RecordsAway | LimitsAway):
         return ""
     if isinstance(error, Unauthorised | Forbidden):
         return "denied"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from datetime import UTC, datetime
+import time
+from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,11 +20,15 @@ from proxy.http.sse import ClientDisconnected, StreamedResponse, cancel_on_disco
 from proxy.passthrough.forward import forward
 from proxy.passthrough.request_ids import ForwardedRequest
 from proxy.passthrough.unapplied_beta import unapplied_tts, with_tts_member
-from proxy.requests import field_table, field_values, strict_json
+from proxy.requests import field_values, strict_json
 from proxy.requests.generation_request import GenerationRequest, PassThroughReason
 from proxy.telemetry import logs
 from proxy.telemetry.metrics import Metrics
 from proxy.types import EffectiveBeta, Model
+from proxy.upstream.fleet.affinity import affinity_key, body_key
+from proxy.upstream.fleet.interface import Upstream
+
+_FAILURE: Final = int(HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
 class ForwardEndpoints:
@@ -38,15 +42,21 @@ class ForwardEndpoints:
         raw = await self._service.bodies.read(request)
         fields = strict_json.read_object(raw)
         field_values.check(fields)
-        drop = field_table.fields_to_drop(fields, is_admin=request.state.caller.is_admin)
-        name, put = fields.get("model"), dict[str, str]()
-        if isinstance(name, str) and "@" in name:
-            put = {"model": (await self._service.models.find(name))[0].id}
-        return await self._forward(request, edit_members(raw, drop=drop, put=put), untouched_headers("endpoint"))
+        drop = request.state.caller.fields_to_drop(fields)
+        name, put, engine = fields.get("model"), dict[str, str](), self._service.engine
+        if isinstance(name, str) and ("@" in name or (name and engine.replica_states())):
+            model = (await self._service.models.find(name))[0].id
+            put = {"model": model} if model != name else {}
+            engine = engine.route(model, lambda: body_key(raw))
+        else:
+            engine = engine.route("", lambda: body_key(raw))
+        return await self._forward(
+            engine, request, edit_members(raw, drop=drop, put=put), untouched_headers("endpoint")
+        )
 
     async def get(self, request: Request) -> Response:
         """Forward a GET."""
-        return await self._forward(request, b"", untouched_headers("endpoint"))
+        return await self._forward(self._service.engine, request, b"", untouched_headers("endpoint"))
 
     async def generate(
         self,
@@ -63,19 +73,19 @@ class ForwardEndpoints:
         is_named = parsed.model is not None or service.settings.model is not None
         bound = service.request_slots.token_bound(request, parsed, model)
         put = {**bound.put, **({"model": model.id} if is_named and parsed.model != model.id else {})}
-        drop = list(field_table.fields_to_drop(parsed.model_extra or {}, is_admin=request.state.caller.is_admin))
+        drop = [*request.state.caller.fields_to_drop(parsed.model_extra or {})]
         if "tts" in parsed.model_fields_set:
             drop.append("tts")
         body = edit_members(raw, drop=drop, put=put)
         content_type = None if "json" in request.headers.get("content-type", "") else "application/json"
         response = await self._forward(
+            service.engine.route(model.id, lambda: affinity_key(parsed, raw), current_request_id()),
             request,
             body,
             untouched_headers(unserved.reason),
             model.id,
             content_type,
             bound,
-            is_stream=bool(parsed.stream),
         )
         if "tts" in parsed.model_fields_set:
             response = with_tts_member(response, unapplied_tts(beta, unserved))
@@ -83,38 +93,36 @@ class ForwardEndpoints:
 
     async def _forward(
         self,
+        engine: Upstream,
         request: Request,
         body: bytes,
         headers: Mapping[str, str],
         model: str = "",
         content_type: str | None = None,
         bound: TokenBound | None = None,
-        *,
-        is_stream: bool = False,
     ) -> Response:
         service = self._service
-        slot = service.request_slots.acquire_passthrough(request, model, bound)
+        slot = await service.request_slots.acquire_passthrough(request, model, bound)
         body = request.state.caller.with_cache_salt(body)
 
         async def work() -> Response:
             await slot.__aenter__()
             in_pieces = bool(slot.caps.tokens)
-            forwarding = forward(
-                service.engine, request, body, headers, content_type, is_stream=is_stream, in_pieces=in_pieces
-            )
+            forwarding = forward(engine, request, body, headers, content_type, in_pieces=in_pieces)
             return await slot.metered(forwarding)
 
-        with counting_disconnects(service.metrics, model):
+        with DisconnectCounter(service.metrics, model):
             response = await cancel_on_disconnect(request.receive, work())
-        is_failure = response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
-        service.metrics.requests.labels(model, "", "failed" if is_failure else "passed_through").inc()
+        is_failure = response.status_code >= _FAILURE
+        outcome = "failed" if is_failure else "passed_through"
+        service.metrics.child(service.metrics.requests, model, "", outcome).inc()
         return response
 
     def _remember(self, request: Request, response: Response, model: str, reason: str) -> Response:
         """Store a forwarded request under all of its ids. Return the response to send."""
         recent = self._service.recent
         tenant, own, client_id = request.state.caller.tenant, current_request_id(), logs.client_request_id.get()
-        created = datetime.now(UTC).isoformat(timespec="milliseconds")
+        created = time.time()
         path, status = request.scope["path"], response.status_code
         recent.add(ForwardedRequest(own, tenant, created, path, model, reason, status, client_id or None))
         recent.add_client_id(tenant, client_id, own)
@@ -124,12 +132,17 @@ class ForwardEndpoints:
         return response
 
 
-@contextmanager
-def counting_disconnects(metrics: Metrics, model: str) -> Iterator[None]:
-    """Return a context that counts a client's disconnect, because nothing else counts such a request."""
-    try:
-        yield
-    except (ClientDisconnected, asyncio.CancelledError):
-        if not graceful_shutdown.is_cut_by_shutdown():
-            metrics.requests.labels(model, "", "disconnected").inc()
-        raise
+class DisconnectCounter:
+    """Context that counts a client's disconnect, because nothing else counts such a request."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._metrics = metrics
+        self._model = model
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        is_gone = isinstance(error, ClientDisconnected | asyncio.CancelledError)
+        if is_gone and not graceful_shutdown.is_cut_by_shutdown():
+            self._metrics.requests.labels(self._model, "", "disconnected").inc()

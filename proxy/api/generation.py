@@ -16,17 +16,21 @@ from controllers.builtin import is_admin_only
 from proxy.admission.auth import Caller
 from proxy.admission.request_slot import RequestSlot
 from proxy.api.formats import chat_completions, completions, responses
-from proxy.api.formats.endpoint_format import Format, PromptNews
+from proxy.api.formats.endpoint_format import Format, PromptNews, RoundNews
 from proxy.api.formats.prompt_batch import BEGUN_TOGETHER, Batch, together
-from proxy.api.forwarding import ForwardEndpoints, counting_disconnects
+from proxy.api.forwarding import DisconnectCounter, ForwardEndpoints
 from proxy.api.service import Service
 from proxy.episode.plan import CONTEXT_EXCEEDED, fail_after, plan_request
+from proxy.episode.progress import RoundReport
+from proxy.episode.reply_plan import plan_reply
 from proxy.episode.run import serve_request
 from proxy.episode.tts_object import early_headers, reply_headers
 from proxy.errors import BadRequest
 from proxy.http.sse import StreamedResponse, cancel_on_disconnect, progress_and_result
 from proxy.passthrough.unapplied_beta import GREEDY, NO_BETA
-from proxy.requests import beta
+from proxy.recording.template_drift import TemplateDrift
+from proxy.requests import beta, strict_json
+from proxy.requests.anthropic_request import NO_CONTROLLER, MessagesRequest
 from proxy.requests.chat_request import ChatRequest
 from proxy.requests.completion_request import CompletionRequest
 from proxy.requests.generation_request import GenerationRequest, PassThroughReason
@@ -38,6 +42,8 @@ from proxy.types import EffectiveBeta, Model, Plan, Reply
 CHAT: Final = Format(ChatRequest, "chatcmpl-", chat_completions.to_json, chat_completions.stream)
 COMPLETIONS: Final = Format(CompletionRequest, "cmpl-", completions.to_json, completions.stream)
 RESPONSES: Final = Format(ResponsesRequest, "resp_", responses.to_json, responses.stream)
+
+_Report = Callable[[RoundReport], None]
 
 
 class GenerationEndpoints:
@@ -59,19 +65,38 @@ class GenerationEndpoints:
         """Handle POST /v1/responses."""
         return await self._generate(RESPONSES, request)
 
+    async def messages(self, request: Request) -> Response:
+        """Handle POST /v1/messages of Anthropic's API, which the upstream answers within the caller's budget."""
+        service = self._service
+        raw = await service.bodies.read(request)
+        parsed = parse_request(MessagesRequest, raw)
+        model, alias = await service.models.find(parsed.model)
+        effective_beta = self._resolve_beta(request, parsed, model, alias)
+        return await self._forwarding.generate(request, parsed, raw, model, effective_beta, NO_CONTROLLER)
+
     async def _generate(self, form: Format, request: Request) -> Response:
         service = self._service
         raw = await service.bodies.read(request)
         parsed = parse_request(form.model, raw)
+        if parsed.tts.progress == "rounds" and form is RESPONSES:
+            raise BadRequest(
+                'tts.progress: "rounds" is for chat and text completions; use true, which reports rounds as reasoning',
+                param="tts.progress",
+            )
         caller: Caller = request.state.caller
         is_recording = is_admin_only(parsed.tts.controller or "")
         if is_recording:
             service.authenticator.require_admin(caller, f"controller {parsed.tts.controller}")
+        elif parsed.tts.signals:
+            raise BadRequest(
+                "tts.signals: only the controller everything records signals; name it, or leave signals out",
+                param="tts.signals",
+            )
         model, alias = await service.models.find(parsed.model)
         effective_beta = self._resolve_beta(request, parsed, model, alias)
         if effective_beta is None:
             return await self._forwarding.generate(request, parsed, raw, model, None, NO_BETA)
-        unserved = _why_unserved(parsed, effective_beta)
+        unserved = _why_unserved(parsed, effective_beta, is_recording=is_recording)
         if unserved is not None:
             return await self._forwarding.generate(request, parsed, raw, model, effective_beta, unserved)
         if parsed.tts.controller is None and service.betas.is_single(effective_beta, parsed, model):
@@ -82,10 +107,13 @@ class GenerationEndpoints:
         prompts = parsed.split_by_prompt()
         if len(prompts) > 1:
             return await self._generate_each(request, prompts, model, effective_beta, name)
-        slot = service.request_slots.acquire_episode(request, parsed.tts.max_total_tokens)
-        planning = self._plan(request, parsed, model, effective_beta, slot, name)
+        slot = await service.request_slots.acquire_episode(request, parsed.tts.max_total_tokens)
+        if parsed.whole_reply_reason() is None:
+            planning = self._plan(request, parsed, model, effective_beta, slot, name)
+        else:
+            planning = self._plan_reply(request, parsed, raw, model, effective_beta, slot, name)
         try:
-            with counting_disconnects(service.metrics, model.id):
+            with DisconnectCounter(service.metrics, model.id):
                 traced = service.tracer.plan(request.scope["path"], model.id, request.state.leases, planning)
                 plan = await cancel_on_disconnect(request.receive, traced)
         except BadRequest as error:
@@ -98,8 +126,8 @@ class GenerationEndpoints:
         if not parsed.stream:
             reply = await cancel_on_disconnect(request.receive, self._serve(slot, plan))
             return JSONResponse(form.to_json(parsed, reply), headers=reply_headers(reply.plan, reply.tts))
-        news: asyncio.Queue[str] = asyncio.Queue()
-        report = news.put_nowait if parsed.tts.progress else None
+        news: asyncio.Queue[RoundNews] = asyncio.Queue()
+        report = _reporting(parsed, news.put_nowait)
         updates = progress_and_result(lambda: self._serve(slot, plan, report), news, service.settings.ping_s)
         return StreamedResponse.of(form.stream(parsed, plan, updates), early_headers(plan))
 
@@ -128,7 +156,7 @@ class GenerationEndpoints:
         name: str,
     ) -> Coroutine[Any, Any, Plan]:
         service, caller = self._service, request.state.caller
-        is_kept = service.episode_log.writer.is_on or is_admin_only(parsed.tts.controller or "")
+        caller.fields_to_drop(parsed.model_extra or {})  # refuses a priority that the key may not set
         return plan_request(
             service.engine,
             service.controllers,
@@ -138,10 +166,43 @@ class GenerationEndpoints:
             parsed,
             effective_beta,
             tenant=caller.tenant,
-            drift=service.drift if is_kept else None,
+            drift=self._drift(parsed),
             salt=caller.salt or parsed.cache_salt,
             request_id=name,
         )
+
+    def _plan_reply(
+        self,
+        request: Request,
+        parsed: GenerationRequest,
+        raw: bytes,
+        model: Model,
+        effective_beta: EffectiveBeta,
+        slot: RequestSlot,
+        name: str,
+    ) -> Coroutine[Any, Any, Plan]:
+        service, caller = self._service, request.state.caller
+        drop = caller.fields_to_drop(parsed.model_extra or {})
+        body = {field: value for field, value in strict_json.read_object(raw).items() if field not in drop}
+        return plan_reply(
+            service.controllers,
+            service.settings,
+            slot.caps,
+            model,
+            parsed,
+            parsed.chat_body(body),
+            effective_beta,
+            tenant=caller.tenant,
+            salt=caller.salt or parsed.cache_salt,
+            request_id=name,
+            drift=self._drift(parsed),
+        )
+
+    def _drift(self, parsed: GenerationRequest) -> TemplateDrift | None:
+        """Return what knows the chat template's hash, if the request is recorded."""
+        service = self._service
+        is_kept = service.episode_log.writer.is_on or is_admin_only(parsed.tts.controller or "")
+        return service.drift if is_kept else None
 
     async def _generate_each(
         self,
@@ -153,7 +214,7 @@ class GenerationEndpoints:
     ) -> Response:
         """Run one episode for each prompt of a request, and return one response."""
         service, parsed, path = self._service, prompts[0], request.scope["path"]
-        slots = service.request_slots.acquire_episodes(request, parsed.tts.max_total_tokens, len(prompts))
+        slots = await service.request_slots.acquire_episodes(request, parsed.tts.max_total_tokens, len(prompts))
         news: asyncio.Queue[PromptNews] = asyncio.Queue()
 
         def planning(index: int) -> Coroutine[Any, Any, Plan]:
@@ -170,7 +231,7 @@ class GenerationEndpoints:
             for _ in range(index // BEGUN_TOGETHER):
                 await asyncio.sleep(0)  # let other requests run before the next prompts begin
             logs.request_id.set(plans[index].request_id)
-            report = partial(_put_line, news, index) if parsed.tts.progress else None
+            report = _reporting(parsed, lambda round_news: news.put_nowait(PromptNews(index, round_news)))
             reply = await self._run(slots[index], plans[index], report)
             news.put_nowait(PromptNews(index, reply))
             return reply
@@ -179,7 +240,7 @@ class GenerationEndpoints:
             work = [serve(index) for index in range(len(plans))]
             return Batch(name, await together(work, lambda reply: sum(reply.tokens.values())))
 
-        with counting_disconnects(service.metrics, model.id):
+        with DisconnectCounter(service.metrics, model.id):
             plans = await cancel_on_disconnect(request.receive, plan_all())
         logs.request_id.set(name)
         tenant, first = request.state.caller.tenant, plans[0].request_id  # both ids refer to the first prompt
@@ -194,13 +255,13 @@ class GenerationEndpoints:
         events = completions.stream_batch(parsed, name, plans, updates)
         return StreamedResponse.of(events, {**early_headers(plans[0]), "x-request-id": name})
 
-    async def _serve(self, slot: RequestSlot, plan: Plan, report: Callable[[str], None] | None = None) -> Reply:
+    async def _serve(self, slot: RequestSlot, plan: Plan, report: _Report | None = None) -> Reply:
         return await self._service.tracer.episode(plan, self._run(slot, plan, report))
 
-    async def _run(self, slot: RequestSlot, plan: Plan, report: Callable[[str], None] | None) -> Reply:
+    async def _run(self, slot: RequestSlot, plan: Plan, report: _Report | None) -> Reply:
         service = self._service
         async with AsyncExitStack() as stack:
-            with counting_disconnects(service.metrics, plan.prompt.model):
+            with DisconnectCounter(service.metrics, plan.prompt.model):
                 async with fail_after(plan.remaining_s):
                     await stack.enter_async_context(slot)
             return await serve_request(
@@ -216,13 +277,20 @@ class GenerationEndpoints:
             )
 
 
-def _put_line(news: asyncio.Queue[PromptNews], index: int, line: str) -> None:
-    news.put_nowait(PromptNews(index, line))
+def _reporting(parsed: GenerationRequest, put: Callable[[RoundNews], None]) -> _Report | None:
+    """Return what is called after each round: it puts the progress in the form that the request asks for."""
+    if parsed.tts.progress == "rounds":
+        return lambda report: put({"progress": report.as_json()})
+    return (lambda report: put(report.line)) if parsed.tts.progress else None
 
 
-def _why_unserved(parsed: GenerationRequest, effective_beta: EffectiveBeta) -> PassThroughReason | None:
-    """Return why no controller serves a request that has a β, or None."""
+def _why_unserved(
+    parsed: GenerationRequest, effective_beta: EffectiveBeta, *, is_recording: bool
+) -> PassThroughReason | None:
+    """Return why no controller serves a request that has a β, or None. Judged replies are not recorded."""
     unserved = parsed.pass_through_reason()
+    if unserved is None and is_recording and parsed.tts.answer.is_judged:
+        unserved = PassThroughReason("answer", "tts.answer")
     if unserved is None and parsed.temperature == 0 and not effective_beta.is_from_client:
         return GREEDY
     return unserved

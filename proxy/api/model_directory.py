@@ -5,13 +5,13 @@ from __future__ import annotations
 from proxy.errors import NotFound, UpstreamProtocolError
 from proxy.requests.beta import split_alias
 from proxy.types import Model
-from proxy.upstream.client import UpstreamClient
+from proxy.upstream.fleet.interface import Upstream
 
 
 class ModelDirectory:
     """The upstream's models by name, and their aliases that set β (`name@0.5`)."""
 
-    def __init__(self, engine: UpstreamClient, default: str | None) -> None:
+    def __init__(self, engine: Upstream, default: str | None) -> None:
         self._engine = engine
         self._default = default  # model of requests that name none; None means the upstream's first model
         self._models: dict[str, Model] = {}

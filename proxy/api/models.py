@@ -20,12 +20,13 @@ class ModelEndpoints:
         self._service = service
 
     async def list_models(self, request: Request) -> Response:
-        """List the upstream's models unchanged, followed by their aliases."""
+        """List the upstream's models unchanged, followed by their aliases. Several upstreams are listed as one."""
         engine = self._service.engine
-        if not self._service.settings.model_aliases:
+        has_aliases = self._service.settings.model_aliases
+        if not has_aliases and not engine.replica_states():
             return await forward(engine, request, b"", untouched_headers("endpoint"))
         cards = await engine.model_cards()
-        aliases = [alias_card(card, beta) for card in cards for beta in ALIAS_BETAS]
+        aliases = [alias_card(card, beta) for card in cards for beta in ALIAS_BETAS] if has_aliases else []
         return JSONResponse({"object": "list", "data": [*cards, *aliases]}, headers=untouched_headers("endpoint"))
 
     async def retrieve_model(self, request: Request) -> Response:

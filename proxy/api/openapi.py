@@ -24,6 +24,32 @@ Schema = Mapping[str, Any]
 ARRAY: Final[Schema] = {"type": "array"}
 OBJECT: Final[Schema] = {"type": "object"}
 TEXT: Final[Schema] = {"type": "string"}
+_SHARE: Final[Schema] = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
+TTS: Final[Schema] = {
+    "type": "object",
+    "required": ["applied"],
+    "properties": {
+        "applied": {"type": "boolean"},
+        "agreement": {**_SHARE, "description": "share of the votes for the answer; null if nothing could vote"},
+        "confidence": {**_SHARE, "description": "posterior probability that the answer leads"},
+        "flagged": {"type": "boolean", "description": "whether the agreement is below min_agreement"},
+        "escalated_beta": {"type": "number", "description": "β at which the episode continued, if it did"},
+        "selected_by": {
+            "enum": ["vote", "judge", "overlap", None],
+            "description": "what decided among whole replies; null if there was only one",
+        },
+        "judge": {
+            "type": "string",
+            "description": "outcome of asking the model to compare the replies, if it was asked",
+        },
+        "compared": {"type": "integer", "minimum": 0, "description": "number of replies that the model compared"},
+        "code": {
+            "type": "object",
+            "description": "with tts.answer code: how many inputs, stated outputs, and replies that could be run",
+        },
+    },
+}
+"""The members of the `tts` object in responses that clients decide by. It has others too."""
 _NULLABLE: Final[Schema] = {"type": ["string", "null"]}
 ERROR: Final[Schema] = {
     "type": "object",

@@ -13,11 +13,12 @@ from proxy.admission.auth import Access
 from proxy.api.forwarding import ForwardEndpoints
 from proxy.api.generation import GenerationEndpoints
 from proxy.api.models import ModelEndpoints
-from proxy.api.openapi import ARRAY, OBJECT, TEXT, Operation, object_schema
+from proxy.api.openapi import ARRAY, OBJECT, TEXT, TTS, Operation, object_schema
 from proxy.api.service import Service
 from proxy.api.status import StatusEndpoints
 from proxy.api.tts import TtsEndpoints
 from proxy.passthrough.forward import GET_PATHS, POST_PATHS
+from proxy.requests.anthropic_request import MessagesRequest
 from proxy.requests.chat_request import ChatRequest
 from proxy.requests.completion_request import CompletionRequest
 from proxy.requests.feedback_request import FeedbackRequest
@@ -56,7 +57,7 @@ ROUTES: Final = (
         Operation(
             "Create a chat completion, with a controller where β is set",
             ChatRequest,
-            object_schema("id", "choices", id=TEXT, choices=ARRAY, usage=OBJECT, tts=OBJECT),
+            object_schema("id", "choices", id=TEXT, choices=ARRAY, usage=OBJECT, tts=TTS),
             streams=True,
         ),
     ),
@@ -65,14 +66,31 @@ ROUTES: Final = (
         "POST",
         Access.CLIENT,
         lambda endpoints: endpoints.generate.completions,
-        Operation("Create a text completion, with a controller where β is set", CompletionRequest, streams=True),
+        Operation(
+            "Create a text completion, with a controller where β is set",
+            CompletionRequest,
+            object_schema(tts=TTS),
+            streams=True,
+        ),
     ),
     Route(
         "/v1/responses",
         "POST",
         Access.CLIENT,
         lambda endpoints: endpoints.generate.responses,
-        Operation("Create a Response, with a controller where β is set", ResponsesRequest, streams=True),
+        Operation(
+            "Create a Response, with a controller where β is set",
+            ResponsesRequest,
+            object_schema(tts=TTS),
+            streams=True,
+        ),
+    ),
+    Route(
+        "/v1/messages",
+        "POST",
+        Access.CLIENT,
+        lambda endpoints: endpoints.generate.messages,
+        Operation("Create a message of Anthropic's API, without a controller", MessagesRequest, streams=True),
     ),
     Route(
         "/v1/models",

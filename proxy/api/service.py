@@ -5,9 +5,11 @@ from __future__ import annotations
 import aiohttp
 
 from discovery.evaluation.calibration import Calibrations
+from discovery.store.usage.reader import UsageReader
 from proxy.admission.auth import Authenticator
 from proxy.admission.load_shedding import LoadShedding
 from proxy.admission.request_slot import RequestSlots
+from proxy.admission.shared_limits import create_limits
 from proxy.api.beta_defaults import BetaDefaults
 from proxy.api.model_directory import ModelDirectory
 from proxy.environment.answer_reader import GraderPool
@@ -20,10 +22,10 @@ from proxy.recording.episode_log import EpisodeLog
 from proxy.recording.template_drift import TemplateDrift
 from proxy.rollout.controller_manager import ControllerManager
 from proxy.settings import Settings
-from proxy.telemetry import tracing
+from proxy.telemetry import otel_metrics, tracing
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream.branch_semaphore import BranchSemaphore
-from proxy.upstream.client import UpstreamClient
+from proxy.telemetry.worker_metrics import WorkerMetrics, WorkerPlace
+from proxy.upstream.fleet.factory import create_upstream
 from proxy.upstream.health_monitor import HealthMonitor
 
 
@@ -36,16 +38,17 @@ class Service:
         session: aiohttp.ClientSession,
         calibrations: Calibrations,
         authenticator: Authenticator,
+        place: WorkerPlace | None = None,
     ) -> None:
         self.settings = settings
         self.authenticator = authenticator
         self.metrics = Metrics()
-        self.tracer = tracing.create_tracer()
-        engine = self.engine = UpstreamClient(
-            str(settings.upstream),
+        self.worker_metrics = WorkerMetrics(self.metrics, place)
+        self.tracer = otel_metrics.with_metrics(tracing.create_tracer())
+        engine = self.engine = create_upstream(
+            settings,
             session,
-            read_timeout_s=settings.read_timeout_s,
-            branch_semaphore=BranchSemaphore(settings.branches_in_flight),
+            self.metrics,
             observer=tracing.TelemetryObserver(self.metrics, self.tracer),
             on_event=self._count_upstream_event,
         )
@@ -56,20 +59,22 @@ class Service:
         self.drift = TemplateDrift(engine, settings, self.metrics)
         self.guard = PageGuard(settings)
         self.bodies = BodyReader(settings.max_body_bytes, settings.max_bodies_bytes)
-        self.request_slots = RequestSlots(settings, self.metrics)
+        self.limits = create_limits(settings, self.metrics)
+        self.request_slots = RequestSlots(settings, self.metrics, self.limits)
         self.episode_log = EpisodeLog(engine, settings, self.metrics, self.request_slots, self.drift)
+        self.usage = UsageReader(settings.store) if self.episode_log.writer.is_on and settings.store else None
         self.load_shedding = LoadShedding(engine, settings, self.metrics)
         self.recent = RecentRequests()
         self.models = ModelDirectory(engine, settings.model)
-        self.betas = BetaDefaults(settings.beta, calibrations, lambda: self.controllers.stages.current.champion)
+        self.betas = BetaDefaults(settings.beta, calibrations, self.controllers.champion)
         self.served: list[str] = []  # ids of models, as of the latest health check
         self._bind_gauges()
 
     def _bind_gauges(self) -> None:
         """Bind the gauges that are computed when Prometheus reads them."""
-        branch_semaphore, keyring = self.engine.branch_semaphore, self.authenticator.keyring
-        self.metrics.branches_in_flight.set_function(lambda: branch_semaphore.taken)
-        self.metrics.calls_waiting.set_function(lambda: branch_semaphore.waiting)
+        engine, keyring = self.engine, self.authenticator.keyring
+        self.metrics.branches_in_flight.set_function(lambda: engine.branches_in_flight)
+        self.metrics.calls_waiting.set_function(lambda: engine.calls_waiting)
         if keyring is not None:
             self.metrics.keys_broken.set_function(lambda: keyring.is_broken)
 

@@ -35,17 +35,21 @@ class StatusEndpoints:
         The upstream is checked at most once a second, however often this is called.
         """
         service = self._service
-        is_up = await service.health_monitor.is_ready() and service.engine.breaker.is_closed
+        is_up = await service.health_monitor.is_ready() and service.engine.is_available
         status: dict[str, object] = {"ready": is_up}
         if service.authenticator.is_authenticated(request):
             sandbox = {"level": service.controllers.sandboxes.level, "lacking": service.controllers.sandboxes.lacking}
             status |= {"upstream": service.engine.display_url, "models": service.served, "sandbox": sandbox}
+            if states := service.engine.replica_states():
+                status["replicas"] = [state._asdict() for state in states]
             status["recorder"] = service.episode_log.writer.as_json()
+            assignments = service.controllers.stages.current
+            status["controllers"] = {model: assignments.of(model).as_json() for model in service.served}
         return JSONResponse(status, HTTPStatus.OK if is_up else HTTPStatus.SERVICE_UNAVAILABLE)
 
     async def metrics(self, _: Request) -> Response:
         """Return the metrics in the Prometheus text format."""
-        return Response(self._service.metrics.exposition(), media_type=CONTENT_TYPE)
+        return Response(await self._service.worker_metrics.exposition(), media_type=CONTENT_TYPE)
 
     async def openapi(self, request: Request) -> Response:
         """Return the OpenAPI document, which FastAPI generates from the routes and their models."""

@@ -56,7 +56,8 @@ class TtsEndpoints:
         receipt = await service.episode_log.record_feedback(caller, feedback)
         owner = receipt.owner
         if receipt.is_first and receipt.satisfied is not None and owner.stage is not None:
-            service.controllers.record_feedback(RolloutStage(owner.stage), owner.digest, receipt.satisfied)
+            stage = RolloutStage(owner.stage)
+            service.controllers.record_feedback(stage, owner.digest, owner.model, receipt.satisfied)
         status = HTTPStatus.OK if receipt.is_on_disk else HTTPStatus.ACCEPTED
         return JSONResponse(
             {
@@ -86,7 +87,7 @@ class TtsEndpoints:
         """Return the limits and the current usage of each key."""
         ring = self._service.authenticator.keyring
         return JSONResponse(
-            self._service.request_slots.as_json({key.name: key.caps for key in ring.keys} if ring else {})
+            await self._service.request_slots.as_json({key.name: key.caps for key in ring.keys} if ring else {})
         )
 
 

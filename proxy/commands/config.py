@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from inspect import Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Final, NamedTuple, ParamSpec
-from urllib.parse import urlsplit, urlunsplit
 
 import typer
 from rich.table import Table
 
 from controllers.dial import parse_beta
 from discovery.commands.console import wide_console
+from discovery.commands.options import AnyPlace, registry_option
+from discovery.store.databases.places import parse_place
 
 if TYPE_CHECKING:
     from proxy.settings import Configured
 
 MASK: Final = "********"
+_CREDENTIALS: Final = re.compile(r"://[^/]*@")
 OF_OTHERS: Final = frozenset({"AUTOTTS_CONFIG", "AUTOTTS_EXPLORER_API_KEY"})
 """Variables with the prefix AUTOTTS_ that are not settings of the proxy."""
 
@@ -42,16 +45,27 @@ configuring = typer.Typer(name="config", no_args_is_help=True, help="The proxy's
 
 def _flags(
     upstream: Annotated[
-        str | None, typer.Option(help="vLLM's base URL; default: the embedded model is started")
+        str | None, typer.Option(help="vLLM's base URL, or several; default: the embedded model is started")
     ] = None,
     model: Annotated[str | None, typer.Option(help="model for requests that name none")] = None,
     host: Annotated[str | None, typer.Option(help="address to listen on; default: 127.0.0.1")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="port to listen on; default: 8400")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=64, help="processes that share the port")] = None,
     controller: Annotated[str | None, typer.Option(help="name or FILE.py, for requests that name none")] = None,
     beta: Annotated[str | None, typer.Option(help="β for requests that set none; default: they pass through")] = None,
     interval: Annotated[int | None, typer.Option(min=1, help="tokens of one interval")] = None,
-    registry: Annotated[Path | None, typer.Option(help="folder of promoted controllers")] = None,
-    store: Annotated[Path | None, typer.Option(help="store for recorded requests; default: autotts.db")] = None,
+    registry: Annotated[
+        AnyPlace | None,
+        registry_option("promoted controllers, a folder or a postgresql:// URL; default: the database of such a store"),
+    ] = None,
+    store: Annotated[
+        AnyPlace | None,
+        typer.Option(
+            parser=parse_place,
+            metavar="STORE",
+            help="store for recorded requests, a file or a postgresql:// URL; default: autotts.db",
+        ),
+    ] = None,
     record: Annotated[
         bool | None, typer.Option("--record/--no-record", help="record requests, or none with --no-record")
     ] = None,
@@ -166,7 +180,4 @@ def _masked(value: Any, secret: bool) -> Any:
         return MASK if value else value
     if isinstance(value, list):
         return [_masked(item, False) for item in value]
-    if not isinstance(value, str) or "://" not in value or "@" not in value:
-        return value
-    parts = urlsplit(value)
-    return urlunsplit(parts._replace(netloc=f"{MASK}@{parts.netloc.rpartition('@')[2]}"))
+    return _CREDENTIALS.sub(f"://{MASK}@", value) if isinstance(value, str) else value

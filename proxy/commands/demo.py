@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +19,15 @@ from rich.table import Table
 
 from deploy.embedded.task import Problem, held_back
 from discovery.answers import read_answer
+from discovery.evaluation.paired_statistics import NORMAL_95
 from discovery.evaluation.plot import Panel, PlotPoint, draw_frontiers
+from discovery.evaluation.score_set import cheapest_at_accuracy
 
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
-CONCURRENCY = 4
+CONCURRENCY = 8
 """Number of concurrent requests in every row. Latencies are therefore comparable between rows only."""
+VOTERS = 32
+"""Chains of self-consistency, with which the controller is compared."""
 
 
 class DemoSetting(NamedTuple):
@@ -46,9 +51,10 @@ class AnsweredRequest(NamedTuple):
 SETTINGS = (
     DemoSetting("greedy", 0.0, "single", 0.0),
     DemoSetting("single sample", 0.0, "single"),
+    DemoSetting(f"SC@{VOTERS}", 1.0, f"self_consistency@{VOTERS}"),
     *(DemoSetting(f"β = {beta:g}", beta, None) for beta in BETAS),
 )
-"""Rows of the table: a single branch without and with sampling, then the controller at each β."""
+"""Rows of the table: a single branch without and with sampling, a vote of many, then the controller at each β."""
 
 
 async def run(base_url: str, problems: int, plot: Path) -> None:
@@ -63,7 +69,9 @@ async def run(base_url: str, problems: int, plot: Path) -> None:
                 task = progress.add_task(setting.name, total=len(questions))
                 rows[setting] = await _ask_all(client, setting, questions, partial(progress.advance, task))
     console.print(table(rows))
-    draw_frontiers({"What β buys on the embedded model (bars: standard error)": panel(rows)}, plot)
+    for line in comparison(rows):
+        console.print(line, highlight=False)
+    draw_frontiers({"What β buys on the embedded model (bars: 95 %)": panel(rows)}, plot)
     console.print(f"picture: {plot}", highlight=False)
 
 
@@ -98,14 +106,43 @@ async def _ask(client: AsyncOpenAI, setting: DemoSetting, problem: Problem) -> A
 
 
 def accuracy(answered: Sequence[AnsweredRequest]) -> tuple[float, float]:
-    """Return the accuracy in percent and its standard error in percentage points."""
+    """Return the accuracy in percent and half the width of its 95 % interval in percentage points."""
     share = statistics.fmean(request.right for request in answered)
-    return 100 * share, 100 * math.sqrt(share * (1 - share) / len(answered))
+    return 100 * share, 100 * NORMAL_95 * math.sqrt(share * (1 - share) / len(answered))
+
+
+def comparison(rows: dict[DemoSetting, list[AnsweredRequest]]) -> list[str]:
+    """Return what fraction of self-consistency's tokens buys its accuracy, and whether accuracy rises with β."""
+    by_beta = [(setting.beta, answered) for setting, answered in rows.items() if setting.controller is None]
+    vote = next((answered for setting, answered in rows.items() if setting.name == f"SC@{VOTERS}"), None)
+    lines = []
+    if vote is not None and by_beta:
+        (percent, _), tokens = accuracy(vote), _mean_tokens(vote)
+        line = [(_mean_tokens(answered), accuracy(answered)[0]) for _, answered in by_beta]
+        needed = cheapest_at_accuracy(line, percent)
+        if needed is None:
+            beta, answered = by_beta[-1]
+            share = 100 * _mean_tokens(answered) / tokens
+            reached = f"β = {beta:g} has {accuracy(answered)[0]:.1f} % for {share:.0f} % of its tokens"
+            lines.append(f"The accuracy of SC@{VOTERS} ({percent:.1f} %) is not reached; {reached}.")
+        else:
+            share = 100 * needed / tokens
+            lines.append(f"The accuracy of SC@{VOTERS} ({percent:.1f} %) takes {share:.0f} % of its tokens.")
+    for (low, fewer), (high, more) in pairwise(by_beta):
+        loss = [100.0 * (one.right - other.right) for one, other in zip(fewer, more, strict=True)]
+        error = statistics.stdev(loss) / math.sqrt(len(loss)) if len(loss) > 1 else math.inf
+        if statistics.fmean(loss) > NORMAL_95 * error:
+            lines.append(f"Accuracy falls from β = {low:g} to β = {high:g} by more than chance.")
+    return lines
+
+
+def _mean_tokens(answered: Sequence[AnsweredRequest]) -> float:
+    return statistics.fmean(request.tokens for request in answered)
 
 
 def table(rows: dict[DemoSetting, list[AnsweredRequest]]) -> Table:
     """Return the rows as a table. Every figure is a mean, except that the latency is a median."""
-    shown = Table(title=f"{len(next(iter(rows.values())))} held-back problems, embedded model")
+    shown = Table(title=f"{len(next(iter(rows.values())))} held-back problems, embedded model, 95 % intervals")
     for heading in ("", "accuracy %", "tokens", "branches", "latency s (p50)"):
         shown.add_column(heading, justify="right")
     for setting, answered in rows.items():
@@ -113,7 +150,7 @@ def table(rows: dict[DemoSetting, list[AnsweredRequest]]) -> Table:
         shown.add_row(
             setting.name,
             f"{percent:.1f} ± {error:.1f}",
-            f"{statistics.fmean(request.tokens for request in answered):,.0f}",
+            f"{_mean_tokens(answered):,.0f}",
             f"{statistics.fmean(request.branches for request in answered):.1f}",
             f"{statistics.median(request.seconds for request in answered):.2f}",
         )
@@ -124,7 +161,7 @@ def panel(rows: dict[DemoSetting, list[AnsweredRequest]]) -> Panel:
     """Return the rows as lines of a plot: the controller by β, with greedy and a single sample for comparison."""
     lines: dict[str, list[PlotPoint]] = {"controller, by β": []}
     for setting, answered in rows.items():
-        tokens = statistics.fmean(request.tokens for request in answered)
+        tokens = _mean_tokens(answered)
         if setting.controller is None:
             lines["controller, by β"].append(PlotPoint(tokens, *accuracy(answered), setting.name))
         else:

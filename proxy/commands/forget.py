@@ -16,7 +16,7 @@ from discovery.commands.options import DEFAULT_STORE, Place
 from discovery.commands.store import Anonymous, Request, Tenant
 from discovery.commands.store import forget as forgetting
 from discovery.errors import StoreError, UnstorableValue
-from discovery.store import Store
+from discovery.store import Store, StorePlace
 from discovery.store.item_lines import decode_item
 from proxy.recording.spill_file import SpillFiles
 from proxy.spill_paths import candidate_paths, default_path
@@ -46,7 +46,7 @@ def forget(
             )
 
 
-async def _read_back(place: Path, spill: Path) -> tuple[list[Path], int]:
+async def _read_back(place: StorePlace, spill: Path) -> tuple[list[Path], int]:
     """Write all records in the spill files at `spill` to the store at `place`, as a proxy does when it starts.
 
     Return the files that a running proxy has locked, and the number of unreadable records, which are dropped. Raises

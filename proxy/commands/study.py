@@ -3,20 +3,25 @@
     python -m deploy.embedded.server --port 8001 &
     python -m proxy.commands.study --url http://127.0.0.1:8001
 
-Prints the accuracy of a greedy answer, of one sample, and of the majority of k samples (self-consistency, SC@k). Also
-prints the accuracy of probes in a thought that is cut early, and the lengths of thoughts.
+Prints the accuracy of a greedy answer, of one sample, of the majority of k samples (self-consistency, SC@k), of the
+majority of the shortest samples, and of an answer without thinking. Also prints the accuracy of probes in a thought
+that is cut early, how well a sample's log-probability and its length tell right from wrong, and the accuracy and the
+length of each method.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import random
+import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 from rich.console import Console
@@ -30,19 +35,34 @@ from proxy.upstream.client import UpstreamClient
 
 TEMPLATE = probe_templates.TEMPLATES[probe_templates.Family.QWEN3]
 
-VOTERS = (1, 2, 4, 8, 16, 32)
+VOTERS = (1, 2, 4, 8, 16, 32, 64)
+SHORTEST = ((4, 16), (8, 32))  # (votes, samples to choose from)
+WINDOW = 16  # tokens
 DEPTHS = tuple(tenth / 10 for tenth in range(11))
 BANDS = ((4, 7), (8, 11), (12, 16))
-MAX_TOKENS = 700
+MAX_TOKENS = 800
 SUBSETS = 200
 
 
 @dataclass(frozen=True, slots=True)
 class SampledReply:
-    """Answer and number of tokens of one completion."""
+    """Answer of one completion, the method that its thought names, and the log-probabilities of its tokens."""
 
     answer: str | None
+    method: str
     tokens: int
+    logprobs: tuple[float, ...] = ()  # empty if they were not asked for
+
+    @property
+    def confidence(self) -> float:
+        """Mean log-probability of the tokens."""
+        return statistics.fmean(self.logprobs)
+
+    @property
+    def lowest(self) -> float:
+        """Mean log-probability of the least sure window of WINDOW tokens."""
+        starts = range(max(1, len(self.logprobs) - WINDOW + 1))
+        return min(statistics.fmean(self.logprobs[start : start + WINDOW]) for start in starts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +71,37 @@ class StudiedProblem:
 
     problem: task.Problem
     greedy: SampledReply
+    silent: SampledReply  # with `enable_thinking=false`
     samples: list[SampledReply]
     probes: list[list[str]]
 
     def greedy_score(self) -> float:
         return float(self.greedy.answer == self.problem.answer)
 
-    def vote_score(self, k: int) -> float:
-        """Return the probability that a majority of k samples is right. Ties are broken evenly."""
-        answers = [branch.answer for branch in self.samples]
+    def silent_score(self) -> float:
+        return float(self.silent.answer == self.problem.answer)
+
+    def vote_score(self, k: int, among: int | None = None) -> float:
+        """Return the probability that a majority of k samples is right. Ties are broken evenly.
+
+        The k samples are random, or the shortest `among` that many random ones.
+        """
         rng = random.Random(self.problem.question)
-        return statistics.fmean(majority(rng.sample(answers, k), self.problem.answer) for _ in range(SUBSETS))
+        subsets = (rng.sample(self.samples, among or k) for _ in range(SUBSETS))
+        voters = (sorted(subset, key=lambda branch: branch.tokens)[:k] for subset in subsets)
+        return statistics.fmean(majority([branch.answer for branch in some], self.problem.answer) for some in voters)
 
     def agreement(self) -> float:
         """Return the share of samples that give the most common answer."""
         return Counter(branch.answer for branch in self.samples).most_common(1)[0][1] / len(self.samples)
+
+    def scored(self, score: Callable[[SampledReply], float]) -> list[tuple[float, bool]]:
+        """Return the score of each sample and whether it is right."""
+        return [(score(branch), branch.answer == self.problem.answer) for branch in self.samples]
+
+    def votes(self, branch: SampledReply) -> float:
+        """Return how many samples give the answer of `branch`."""
+        return float(sum(other.answer == branch.answer for other in self.samples))
 
 
 def majority(answers: Sequence[str | None], truth: str) -> float:
@@ -76,11 +112,30 @@ def majority(answers: Sequence[str | None], truth: str) -> float:
     return float(truth in leaders) / max(1, len(leaders))
 
 
+def auroc(groups: Iterable[Sequence[tuple[float, bool]]]) -> float:
+    """Return the probability that the right one of a right and a wrong sample of the same group has the higher score.
+
+    Each group holds (score, is right). Equal scores count one half.
+    """
+    ahead = 0.0
+    pairs = 0
+    for group in groups:
+        right = [score for score, is_right in group if is_right]
+        wrong = [score for score, is_right in group if not is_right]
+        ahead += sum((high > low) + (high == low) / 2 for high in right for low in wrong)
+        pairs += len(right) * len(wrong)
+    return ahead / pairs if pairs else math.nan
+
+
 class Study:
     """Sends the problems to a server, a few at a time."""
 
-    def __init__(self, engine: UpstreamClient, model: str, samples: int, probed: int, at_once: int) -> None:
-        self._engine = engine
+    def __init__(
+        self, url: str, session: aiohttp.ClientSession, model: str, *, samples: int, probed: int, at_once: int
+    ) -> None:
+        self._completions = f"{url.rstrip('/')}/v1/completions"
+        self._session = session
+        self._engine = UpstreamClient(url, session)
         self._model = model
         self._samples = samples
         self._probed = probed
@@ -93,14 +148,25 @@ class Study:
 
     async def _outcome(self, problem: task.Problem, suffix: list[int], end: int) -> StudiedProblem:
         async with self._slots:
-            messages = [{"role": "user", "content": problem.question}]
-            prompt = await self._engine.tokenise_chat({"model": self._model, "messages": messages})
+            prompt = await self._prompt(problem, enable_thinking=True)
             [greedy] = await self._complete(prompt, MAX_TOKENS, temperature=0)
-            seed = random.Random(problem.question).getrandbits(31)
-            outputs = await self._complete(prompt, MAX_TOKENS, n=self._samples, temperature=1, seed=seed)
-            thoughts = [_thought(output.ids, end) for output in outputs[: self._probed]]
+            [silent] = await self._complete(await self._prompt(problem, enable_thinking=False), 32, temperature=0)
+            choices = await self._sample(prompt, random.Random(problem.question).getrandbits(31))
+            thoughts = [_thought(choice["token_ids"], end) for choice in choices[: self._probed]]
             probes = [await self._probe(prompt, thought, suffix) for thought in thoughts]
-            return StudiedProblem(problem, _branch(greedy), [_branch(output) for output in outputs], probes)
+            return StudiedProblem(problem, _branch(greedy), _branch(silent), [_sampled(c) for c in choices], probes)
+
+    async def _prompt(self, problem: task.Problem, *, enable_thinking: bool) -> list[int]:
+        messages = [{"role": "user", "content": problem.question}]
+        options = {"chat_template_kwargs": {"enable_thinking": enable_thinking}}
+        return await self._engine.tokenise_chat({"model": self._model, "messages": messages, **options})
+
+    async def _sample(self, prompt: list[int], seed: int) -> list[dict[str, Any]]:
+        """Return vLLM's choices for one request, with token ids and the log-probability of each token."""
+        sampling = {"n": self._samples, "temperature": 1, "seed": seed, "max_tokens": MAX_TOKENS}
+        body = {"model": self._model, "prompt": prompt, **sampling, "logprobs": 0, "return_token_ids": True}
+        async with self._session.post(self._completions, json=body, raise_for_status=True) as response:
+            return list((await response.json())["choices"])
 
     async def _probe(self, prompt: list[int], thought: list[int], suffix: list[int]) -> list[str]:
         """Return the answers of probes at each of DEPTHS. The last depth is the end of the thought."""
@@ -120,13 +186,27 @@ def _thought(ids: list[int], end: int) -> list[int]:
 
 
 def _branch(output: Output) -> SampledReply:
-    return SampledReply(boxed(output.text), len(output.ids))
+    return SampledReply(boxed(output.text), _method(output.text), len(output.ids))
+
+
+def _sampled(choice: dict[str, Any]) -> SampledReply:
+    logprobs = tuple(choice["logprobs"]["token_logprobs"])
+    return SampledReply(boxed(choice["text"]), _method(choice["text"]), len(choice["token_ids"]), logprobs)
+
+
+def _method(text: str) -> str:
+    """Return the method that a thought names first; "" if it names none."""
+    names = "|".join(method.name for method in task.METHODS)
+    named = re.match(rf"<think>\s*({names}):", text)
+    return named[1] if named else ""
 
 
 def report(outcomes: Sequence[StudiedProblem], console: Console) -> None:
     """Print the tables."""
     console.print(_accuracies(outcomes))
     console.print(_probe_accuracies(outcomes))
+    console.print(_separations(outcomes))
+    console.print(_methods(outcomes))
     console.print(_lengths(outcomes))
 
 
@@ -136,10 +216,14 @@ def _accuracies(outcomes: Sequence[StudiedProblem]) -> Table:
     table = Table(*columns, title="Accuracy, % (± one standard error)")
     table.add_row("problems", *(str(len(group)) for group in (outcomes, *bands)))
     scores: dict[str, Callable[[StudiedProblem], float]] = {"greedy": StudiedProblem.greedy_score}
-    for k in VOTERS:
-        if k <= len(outcomes[0].samples):
-            scores[f"SC@{k}"] = lambda outcome, k=k: outcome.vote_score(k)  # type: ignore[misc]
-    scores[f"SC@{k} - greedy"] = lambda outcome: outcome.vote_score(k) - outcome.greedy_score()
+    voters = [k for k in VOTERS if k <= len(outcomes[0].samples)]
+    for k in voters:
+        scores[f"SC@{k}"] = lambda outcome, k=k: outcome.vote_score(k)  # type: ignore[misc]
+    scores[f"SC@{voters[-1]} - greedy"] = lambda outcome: outcome.vote_score(voters[-1]) - outcome.greedy_score()
+    for k, among in SHORTEST:
+        if among <= len(outcomes[0].samples):
+            scores[f"the {k} shortest of {among}"] = lambda outcome, k=k, among=among: outcome.vote_score(k, among)  # type: ignore[misc]
+    scores["without thinking"] = StudiedProblem.silent_score
     scores["agreement of samples"] = StudiedProblem.agreement
     for name, score in scores.items():
         table.add_row(name, *(_mean([score(outcome) for outcome in group]) for group in (outcomes, *bands)))
@@ -161,6 +245,32 @@ def _is_true(outcome: StudiedProblem, branch: int, depth: int) -> float:
 
 def _is_kept(outcome: StudiedProblem, branch: int, depth: int) -> float:
     return float(outcome.probes[branch][depth] == outcome.samples[branch].answer)
+
+
+def _separations(outcomes: Sequence[StudiedProblem]) -> Table:
+    table = Table("signal", "AUROC", title="Right against wrong samples of the same problem")
+    signals: dict[str, Callable[[SampledReply], float]] = {
+        "mean log-probability": lambda branch: branch.confidence,
+        f"lowest mean of {WINDOW} tokens": lambda branch: branch.lowest,
+        "length": lambda branch: branch.tokens,
+    }
+    for name, signal in signals.items():
+        table.add_row(name, f"{auroc(outcome.scored(signal) for outcome in outcomes):.2f}")
+    table.add_row("votes for its answer", f"{auroc(outcome.scored(outcome.votes) for outcome in outcomes):.2f}")
+    return table
+
+
+def _methods(outcomes: Sequence[StudiedProblem]) -> Table:
+    samples = [(branch, branch.answer == o.problem.answer) for o in outcomes for branch in o.samples]
+    table = Table("method", "share, %", "right, %", "tokens, mean", title="Samples by method")
+    for name in (*(method.name for method in task.METHODS), ""):
+        own = [(branch.tokens, is_right) for branch, is_right in samples if branch.method == name]
+        if own:
+            right = statistics.fmean(is_right for _, is_right in own)
+            tokens = statistics.fmean(count for count, _ in own)
+            share = len(own) / len(samples)
+            table.add_row(name or "none", f"{100 * share:.1f}", f"{100 * right:.1f}", f"{tokens:.0f}")
+    return table
 
 
 def _lengths(outcomes: Sequence[StudiedProblem]) -> Table:
@@ -185,8 +295,8 @@ def _mean(values: Sequence[float]) -> str:
 async def _main(arguments: argparse.Namespace) -> None:
     problems = task.held_back(arguments.problems, arguments.seed)
     async with aiohttp.ClientSession() as session:
-        engine = UpstreamClient(arguments.url, session)
-        study = Study(engine, arguments.model, arguments.samples, arguments.probed, arguments.at_once)
+        counts = {"samples": arguments.samples, "probed": arguments.probed, "at_once": arguments.at_once}
+        study = Study(arguments.url, session, arguments.model, **counts)
         report(await study.run(problems), Console(width=arguments.width))
 
 
@@ -197,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="autotts-tiny")
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="seed that selects the held-back problems")
-    parser.add_argument("--samples", type=int, default=48, help="branches per problem; at least 32 for SC@32")
+    parser.add_argument("--samples", type=int, default=64, help="branches per problem; at least 64 for SC@64")
     parser.add_argument("--probed", type=int, default=4, help="branches per problem that are probed at every depth")
     parser.add_argument("--at-once", type=int, default=3, help="problems in flight")
     parser.add_argument("--width", type=int, default=120, help="width of the tables in characters")

@@ -11,6 +11,15 @@ from proxy.environment.branch_generator import BranchGenerator
 from proxy.types import LiveBranch, Output
 
 
+async def number_answer(grader: Grader, labels: Labels, answer: Answer | None) -> int | None:
+    """Return the label of an answer. If canonical forms do not decide it, the grader does."""
+    if answer is None:
+        return None
+    undecided = labels.undecided(answer.form)
+    equal = await grader.compare(answer.written, undecided) if undecided else None
+    return labels.assign(answer.form, answer.written, equal)
+
+
 class BranchAnswers:
     """Answers of one request's branches. A label is the number of an answer; equal answers share one."""
 
@@ -23,13 +32,12 @@ class BranchAnswers:
         self._prompt = generator.prompt
         self._limits = generator.limits
 
-    async def number(self, answer: Answer | None) -> int | None:
-        """Return the label of an answer. If canonical forms do not decide the label, the grader does."""
-        if answer is None:
-            return None
-        undecided = self.labels.undecided(answer.form)
-        equal = await self.grader.compare(answer.written, undecided) if undecided else None
-        return self.labels.assign(answer.form, answer.written, equal)
+    async def number(self, answer: Answer | None, labels: Labels | None = None) -> int | None:
+        """Return the label of an answer among `labels`, by default those of the request.
+
+        If canonical forms do not decide the label, the grader does.
+        """
+        return await number_answer(self.grader, self.labels if labels is None else labels, answer)
 
     async def read(self, text: str) -> Answer | None:
         """Return the answer in the reply part of a branch's text, if there is one."""

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from hashlib import blake2b
 from typing import Any, Final
 
+from controllers.signals import NO_SIGNALS, Signal
 from proxy import probe_templates
+from proxy.environment.call_continuation import continue_elsewhere, derive_seed
 from proxy.environment.stop_strings import StopStrings
 from proxy.environment.token_meter import TokenMeter
 from proxy.environment.votability import VotabilityState
 from proxy.errors import UpstreamError
+from proxy.token_ids import Context, ids_json
 from proxy.types import STREAM_INTERVAL, Call, EnvironmentLimits, LiveBranch, Output, Prompt
-from proxy.upstream.client import UpstreamClient
 from proxy.upstream.detokeniser import CallDecoder, Detokeniser
+from proxy.upstream.fleet.interface import Upstream
 
 OPEN_STREAM_INTERVAL: Final = 8
 """Maximum number of tokens per chunk while it is not confirmed that the task can be voted on."""
@@ -26,30 +28,38 @@ class BranchGenerator:
     """Sends one request's calls to the upstream, bills them, and keeps track of the outputs in flight."""
 
     def __init__(
-        self, engine: UpstreamClient, prompt: Prompt, limits: EnvironmentLimits, votability: VotabilityState
+        self,
+        engine: Upstream,
+        prompt: Prompt,
+        limits: EnvironmentLimits,
+        votability: VotabilityState,
+        signals: frozenset[Signal] = NO_SIGNALS,
     ) -> None:
         self.engine = engine
         self.prompt = prompt
         self.limits = limits
-        self.priority = 0
+        self.is_background = False  # the answer has gone out
+        self._priority = prompt.priority
         self.meter = TokenMeter()
         self.stops = StopStrings(prompt.stop, prompt.template, prompt.tail)
         self._votability = votability
+        self._signals = signals
         self._decoder = CallDecoder(prompt.ids)
+        self._prompt_json = ids_json(prompt.ids)
         self._in_flight: list[tuple[LiveBranch | None, Output]] = []  # each with the branch it continues, if any
 
-    def move_to(self, engine: UpstreamClient, priority: int) -> None:
+    def move_to(self, engine: Upstream, priority: int) -> None:
         """Send all further calls to `engine` with this priority. A larger priority is served later."""
-        self.engine, self.priority = engine, priority
+        self.engine, self._priority, self.is_background = engine, priority, True
 
     @property
     def detokeniser(self) -> Detokeniser:
         """A detokeniser for the request's model."""
         return Detokeniser(self.engine, self.prompt.model)
 
-    def context(self, branch: LiveBranch) -> list[int]:
-        """Return the token ids of the prompt and of `branch`."""
-        return [*self.prompt.ids, *branch.ids]
+    def context(self, branch: LiveBranch) -> Context:
+        """Return the token ids of the prompt and of `branch`, which may grow afterwards."""
+        return Context((self.prompt.ids, self._prompt_json), (branch.ids, branch.encoded.of(branch.ids)))
 
     async def suffix(self, text: str, *, lead: bool) -> list[int]:
         """Return ids that close the thought in a branch's `text` and, with `lead`, begin its answer."""
@@ -74,29 +84,56 @@ class BranchGenerator:
         if self.prompt.template.special:
             sampling["skip_special_tokens"] = False
         if self.prompt.seed is not None:
-            sampling["seed"] = _derive_seed(self.prompt.seed, index, piece)
+            sampling["seed"] = derive_seed(self.prompt.seed, index, piece)
         return sampling
+
+    def branch_call(
+        self, contexts: Sequence[Sequence[int]], max_tokens: int, sampling: Mapping[str, Any], n: int = 1
+    ) -> Call:
+        """Return a call that continues branches with these contexts. It asks for the signals of intervals if needed."""
+        is_needed = Signal.INTERVALS in self._signals
+        return Call(contexts, max_tokens, sampling, n, needs_log_probabilities=is_needed)
+
+    def probe_call(self, contexts: Sequence[Sequence[int]], suffix_tokens: int) -> Call:
+        """Return a call for probes with these contexts. It asks for the signals of probes if needed."""
+        is_needed = Signal.PROBES in self._signals
+        return Call(
+            contexts,
+            self.limits.probe,
+            probe_templates.sampling(),
+            suffix_tokens=suffix_tokens,
+            needs_log_probabilities=is_needed,
+            needs_token_texts=is_needed,
+        )
 
     async def generate(self, call: Call) -> None:
         """Run `call` and bill it, however it ends. The text of its outputs is decoded from their ids."""
-        meter = self.meter
-        meter.first = meter.first or call
-        meter.sent_bytes += call.size
-        call.priority, call.salt = self.priority, self.prompt.salt
+        with self.meter.billing(call):
+            error = await self._send(call)
+            if error is not None:
+                await continue_elsewhere(call, error, self.engine, self.meter, self._send)
+
+    async def _send(self, call: Call) -> UpstreamError | None:
+        """Run `call`. Return the error if another replica may continue the outputs, whose text is decoded then, too."""
+        self.meter.sent_bytes += call.size
+        call.priority, call.salt = self._priority, self.prompt.salt
         call.stream_interval = self._stream_interval(call.max_tokens)
-        ends_in_plain_text = call.suffix_tokens and self.prompt.template in probe_templates.TEMPLATES.values()
+        if call.suffix_tokens and self.prompt.template in probe_templates.TEMPLATES.values():
+            return await self._try(call)  # it continues plain text, so that the server's text is correct
+        async with self._decoder.over(call, self.detokeniser) as decode:
+            error = await self._try(call)
+            if error is not None:
+                await asyncio.gather(*(decode(output) for output in call.outputs if output.finish is None))
+        return error
+
+    async def _try(self, call: Call) -> UpstreamError | None:
         try:
-            if ends_in_plain_text:  # the server's text is then correct
-                await self.engine.generate(self.prompt.model, call)
-            else:
-                async with self._decoder.over(call, self.detokeniser):
-                    await self.engine.generate(self.prompt.model, call)
-        except BaseException as error:
-            meter.aborted_tokens += call.generated
-            if call.generated or not isinstance(error, UpstreamError):  # otherwise generation had not begun
-                meter.max_unseen_tokens += call.max_unseen_tokens
+            await self.engine.generate(self.prompt.model, call)
+        except UpstreamError as error:
+            if call.progress and self.engine.can_continue(error):
+                return error
             raise
-        meter.add(call)
+        return None
 
     async def generate_one(
         self,
@@ -113,6 +150,7 @@ class BranchGenerator:
         `owner`.
         """
         call = Call([context], max_tokens, sampling, suffix_tokens=suffix)
+        call.needs_log_probabilities = owner is not None and Signal.INTERVALS in self._signals
         self._in_flight = [(owner, call.outputs[0])]
         await self.generate(call)
         self._in_flight = []
@@ -153,9 +191,3 @@ class BranchGenerator:
         if not self._votability.confirmed:
             return max(1, min(OPEN_STREAM_INTERVAL, max_tokens // MIN_CHUNKS))
         return STREAM_INTERVAL if max_tokens >= STREAM_INTERVAL else max(1, max_tokens // MIN_CHUNKS)
-
-
-def _derive_seed(seed: int, branch: int, piece: int) -> int:
-    """Return a seed for one call of one branch. Two calls with the same seed would draw the same numbers."""
-    digest = blake2b(f"{seed}/{branch}/{piece}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest) & 0x7FFFFFFF

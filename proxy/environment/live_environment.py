@@ -6,22 +6,26 @@ all probes.
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from controllers import TO_END, Action, Advanced, Fact, Probed, Verb
+from controllers.signals import NO_SIGNALS, Signal
 from discovery.answers import VOTABLE_TYPES, Answer, Labels
-from proxy import probe_templates
 from proxy.environment.answer_reader import Grader, PlainGrader
 from proxy.environment.branch_answers import BranchAnswers
 from proxy.environment.branch_generator import BranchGenerator
+from proxy.environment.branch_signals import UNKNOWN, fact_signals, probe_confidence, signals_by_interval
+from proxy.environment.past_suffixes import PastSuffixes
 from proxy.environment.stop_strings import StopStrings
 from proxy.environment.token_meter import TokenMeter
 from proxy.environment.votability import VotabilityState
 from proxy.environment.votability_check import VotabilityCheck
-from proxy.types import Call, EnvironmentLimits, LiveBranch, Output, Prompt
-from proxy.upstream.client import UpstreamClient
+from proxy.token_ids import Context
+from proxy.types import Call, EnvironmentLimits, IntervalSignals, LiveBranch, Output, Prompt
+from proxy.upstream.fleet.interface import Upstream
 
 
 class SentBytesExceeded(Exception):
@@ -47,39 +51,44 @@ class _ActionResult(NamedTuple):
     tokens: int
     probe: Output | None  # output of a probe
     finished: bool
+    end: int = 0  # the branch's tokens after the action
 
 
 class LiveEnvironment:
-    """Implements `controllers.Environment` over an UpstreamClient. One object serves one request.
+    """Implements `controllers.Environment` over an Upstream. One object serves one request.
 
     `execute` raises UpstreamError. After it fails or is cancelled, `salvage` keeps what had been generated.
     With `keeps_all_branches`, every branch is run to its end, even if it has no answer, for recordings and benchmarks.
+    Facts have the given `signals`, which cost the upstream work; others are None.
     """
 
     def __init__(
         self,
-        engine: UpstreamClient,
+        engine: Upstream,
         prompt: Prompt,
         limits: EnvironmentLimits,
         grader: Grader | None = None,
         *,
         keeps_all_branches: bool = False,
+        signals: frozenset[Signal] = NO_SIGNALS,
     ) -> None:
         self.prompt = prompt
         self.limits = limits
+        self.signals = signals
         self.branches: list[LiveBranch] = []
         self.cutoff: str | None = None  # see `record_cutoff`
         self._votability = VotabilityState(
             votable=prompt.kind.is_declared_votable, confirmed=prompt.kind.is_declared_votable
         )
-        self._generator = BranchGenerator(engine, prompt, limits, self._votability)
+        self._generator = BranchGenerator(engine, prompt, limits, self._votability, signals)
         self._answers = BranchAnswers(self._generator, grader or PlainGrader())
+        self._suffixes = PastSuffixes(self._generator, self.branches)
         self._check = VotabilityCheck(self._generator, self._answers, self._votability, ends_early=True)
         if keeps_all_branches:
             self._check.accept()
 
     @property
-    def engine(self) -> UpstreamClient:
+    def engine(self) -> Upstream:
         """The upstream that generates the branches."""
         return self._generator.engine
 
@@ -117,7 +126,7 @@ class LiveEnvironment:
         """Record why the proxy, not the controller, ended the episode. The store has it as `refused`."""
         self.cutoff = reason
 
-    def continue_in_background(self, engine: UpstreamClient, priority: int) -> None:
+    def continue_in_background(self, engine: Upstream, priority: int) -> None:
         """Prepare to complete branches after the answer has gone out, on `engine` and with this priority.
 
         The task then counts as votable, and the byte limit does not apply. A larger priority is served later.
@@ -127,7 +136,7 @@ class LiveEnvironment:
 
     async def execute(self, actions: Sequence[Action]) -> Sequence[Fact]:
         most, generator = self.limits.sent_bytes, self._generator
-        if most is not None and not generator.priority and generator.meter.sent_bytes > most:
+        if most is not None and not generator.is_background and generator.meter.sent_bytes > most:
             raise SentBytesExceeded
         results: dict[int, _ActionResult] = {}
         with generator.engine.observer.round(actions):
@@ -151,9 +160,13 @@ class LiveEnvironment:
         """Drop the partial outputs of aborted calls, so that `salvage` does not add them."""
         self._generator.take_in_flight()
 
-    async def number(self, answer: Answer | None) -> int | None:
-        """Return the label of an answer."""
-        return await self._answers.number(answer)
+    async def number(self, answer: Answer | None, labels: Labels | None = None) -> int | None:
+        """Return the label of an answer among `labels`, by default those of the request."""
+        return await self._answers.number(answer, labels)
+
+    async def read_finished(self, index: int) -> None:
+        """Read the answer of a finished branch, unless it has been read. May raise UpstreamError."""
+        await self._answers.of_finished(self.branches[index])
 
     async def suffix(self, index: int, *, lead: bool) -> list[int]:
         """Return ids that close branch `index`'s thought and, with `lead`, begin its answer."""
@@ -161,25 +174,37 @@ class LiveEnvironment:
 
     async def extend(self, index: int, suffix: Sequence[int], max_tokens: int, sampling: Mapping[str, Any]) -> Output:
         """Generate a continuation of branch `index` and `suffix`, and return it. The branch is not changed."""
-        context = [*self._generator.context(self.branches[index]), *suffix]
+        context = self._generator.context(self.branches[index]).followed_by(suffix)
         return await self._generator.generate_one(context, max_tokens, sampling, suffix=len(suffix))
 
-    async def probe_at(self, points: Sequence[tuple[int, int]]) -> list[Probed]:
-        """Probe branches at earlier points. `points` are pairs of a branch and a number of whole intervals."""
+    async def probe_at(
+        self, points: Sequence[tuple[int, int]], labels: Mapping[int, Labels] | None = None
+    ) -> list[Probed]:
+        """Probe branches at earlier points. `points` are pairs of a branch and a number of whole intervals.
+
+        With `labels`, answers are numbered among the labels given for their branch, instead of those of the request.
+        """
         contexts: list[list[int]] = []
         suffixes: list[list[int]] = []
         for index, intervals in points:
             ids = self.branches[index].ids[: intervals * self.limits.interval]
-            text = await self._generator.detokeniser.visible(ids)
-            suffixes.append(await self._generator.suffix(text, lead=True))
+            suffixes.append(await self._suffixes.at(index, intervals))
             contexts.append([*self.prompt.ids, *ids, *suffixes[-1]])
-        call = Call(contexts, self.limits.probe, probe_templates.sampling(), suffix_tokens=sum(map(len, suffixes)))
+        call = self._generator.probe_call(contexts, sum(map(len, suffixes)))
         await self._generator.generate(call)
-        probes = zip(points, suffixes, call.outputs, strict=True)
-        return [
-            Probed(index, await self.number(await self._answers.of_probe(output)), len(suffix) + len(output.ids))
-            for (index, _), suffix, output in probes
-        ]
+        self._answers.own_probe_tokens += call.suffix_tokens + call.generated
+        probes = []
+        for (index, _), suffix, output in zip(points, suffixes, call.outputs, strict=True):
+            answer = await self._answers.of_probe(output)
+            label = await self.number(answer, None if labels is None else labels[index])
+            probes.append(self._probed(index, label, len(suffix), output))
+        return probes
+
+    def interval_signals(self, index: int, tokens: int) -> Sequence[IntervalSignals]:
+        """Return the signals of each interval in the first `tokens` tokens of branch `index`, if asked for."""
+        if Signal.INTERVALS not in self.signals:
+            return ()
+        return signals_by_interval(self.branches[index], self.limits.interval, tokens)
 
     # Phases: at most one action per branch, all executed concurrently
 
@@ -250,23 +275,22 @@ class LiveEnvironment:
         for (is_probe, is_opening, most, *_), group in groups.items():
             text = self.branches[group[0].branch].text  # all branches of a group get the same stop strings
             if is_probe:
-                prompts = [self._context(step) + suffixes[step.branch] for step in group]
+                prompts = [self._context(step).followed_by(suffixes[step.branch]) for step in group]
                 suffix_tokens = sum(len(suffixes[step.branch]) for step in group)
-                yield _connect_outputs(
-                    Call(prompts, most, probe_templates.sampling(), suffix_tokens=suffix_tokens), group
-                )
+                yield _connect_outputs(self._generator.probe_call(prompts, suffix_tokens), group)
             elif self.prompt.seed is not None:
                 for step in group:
                     sampling = self._generator.sampling(text, step.branch, self.branches[step.branch].pieces)
-                    yield self._with_check(Call([self._context(step)], most, sampling), [step])
+                    yield self._with_check(self._generator.branch_call([self._context(step)], most, sampling), [step])
             else:
                 sampling = self._generator.sampling(text, group[0].branch)
                 if is_opening:
-                    yield self._with_check(Call([self.prompt.ids], most, sampling, n=len(group)), group)
+                    call = self._generator.branch_call([self._context(group[0])], most, sampling, n=len(group))
                 else:
-                    yield self._with_check(Call([self._context(step) for step in group], most, sampling), group)
+                    call = self._generator.branch_call([self._context(step) for step in group], most, sampling)
+                yield self._with_check(call, group)
 
-    def _context(self, step: _Step) -> list[int]:
+    def _context(self, step: _Step) -> Context:
         return self._generator.context(self.branches[step.branch])
 
     def _with_check(self, call: Call, steps: Sequence[_Step]) -> Call:
@@ -305,13 +329,15 @@ class LiveEnvironment:
 
     def _advanced(self, action: Action, index: int, tokens: int) -> _ActionResult:
         branch = self.branches[index]
-        return _ActionResult(action, index, max(1, self._intervals(tokens)), tokens, None, branch.finish is not None)
+        intervals, is_finished = max(1, self._intervals(tokens)), branch.finish is not None
+        return _ActionResult(action, index, intervals, tokens, None, is_finished, len(branch.ids))
 
     def _grow(self, branch: LiveBranch, output: Output) -> None:
         """Append `output` to `branch`, and mark the branch as finished if that ends it."""
         known = len(branch.text)
         branch.ids += output.ids
         branch.text += output.text
+        branch.log_probabilities += output.log_probabilities
         branch.pieces += 1
         if output.finish == "stop":
             branch.finish, branch.ended_by_stop_string = "stop", not output.ended_by_token
@@ -331,8 +357,20 @@ class LiveEnvironment:
                 self._votability.probe_answered = True
             label = await self.number(answer)
         if result.action.verb is Verb.PROBE:
-            return Probed(result.branch, label, result.tokens)
-        return Advanced(result.branch, result.intervals, result.tokens, result.finished, label)
+            if result.probe is None:
+                return Probed(result.branch, label, result.tokens)
+            return self._probed(result.branch, label, result.tokens - len(result.probe.ids), result.probe)
+        confidence, lowest = UNKNOWN
+        if Signal.INTERVALS in self.signals and result.tokens:
+            confidence, lowest = fact_signals(branch, self.limits.interval, result.end - result.tokens, result.end)
+            await asyncio.sleep(0)  # a branch may have thousands of tokens, and a round many branches
+        return Advanced(result.branch, result.intervals, result.tokens, result.finished, label, confidence, lowest)
+
+    def _probed(self, index: int, label: int | None, suffix_tokens: int, output: Output) -> Probed:
+        """Return the fact of a probe. Only an answer that could be read has a confidence."""
+        is_known = Signal.PROBES in self.signals and label is not None
+        confidence = probe_confidence(output, self.prompt.template) if is_known else None
+        return Probed(index, label, suffix_tokens + len(output.ids), confidence)
 
 
 def _phases(actions: Sequence[Action], width: int) -> list[list[tuple[int, Action, int]]]:

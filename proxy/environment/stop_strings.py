@@ -31,6 +31,8 @@ class StopStrings:
 
     def at_server(self, text: str) -> list[str]:
         """Return the stop strings to send with a request that continues a branch's `text`."""
+        if not self.strings:
+            return []
         has_begun = self._template.reply_at(self._tail, text) is not None
         return list(self.strings) if has_begun and len(self.strings) <= MAX_AT_SERVER else []
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from proxy.errors import UpstreamError
 from proxy.types import Call
 
 
@@ -17,6 +20,7 @@ class TokenMeter:
     first: Call | None = None  # the first call
     generated_tokens: int = 0
     suffix_tokens: int = 0  # prompt tokens that the proxy wrote itself: the suffixes of probes
+    judge_tokens: int = 0  # of these two, what a call that compared whole replies cost
     aborted_tokens: int = 0  # tokens that aborted calls delivered
     max_unseen_tokens: int = 0  # upper bound on tokens that aborted calls generated but did not deliver; not billed
     sent_bytes: int = 0  # approximate size of all request bodies
@@ -35,6 +39,19 @@ class TokenMeter:
     def completed(self) -> int:
         """Billed tokens of calls that were not aborted."""
         return self.generated_tokens + self.suffix_tokens
+
+    @contextmanager
+    def billing(self, call: Call) -> Iterator[None]:
+        """Return a context in which `call` runs. It is billed however it ends."""
+        self.first = self.first or call
+        try:
+            yield
+        except BaseException as error:
+            self.aborted_tokens += call.generated
+            if call.generated or not isinstance(error, UpstreamError):  # otherwise generation had not begun
+                self.max_unseen_tokens += call.max_unseen_tokens
+            raise
+        self.add(call)
 
     def add(self, call: Call) -> None:
         """Count a call that succeeded."""

@@ -12,11 +12,14 @@ from typing import Any, Final, NamedTuple, TypeVar
 from uuid import uuid4
 
 from controllers import Limits, UnknownController
+from controllers.builtin import is_admin_only
+from controllers.signals import ALL_SIGNALS
 from discovery.answers import AUTO, ExtractionMethod
 from discovery.data.recordings import DEFAULT_TEMPERATURE, question_text
 from proxy import probe_templates
 from proxy.admission.token_budget import EpisodeCaps
 from proxy.environment import votability
+from proxy.episode.agreement import agreement_rule
 from proxy.episode.reply import deadline_error
 from proxy.errors import BadRequest
 from proxy.recording.template_drift import TemplateDrift
@@ -25,7 +28,9 @@ from proxy.rollout.controller_manager import ControllerManager
 from proxy.settings import Settings
 from proxy.telemetry import logs
 from proxy.types import EffectiveBeta, EnvironmentLimits, FinalAnswerLimits, Model, Plan, Prompt, Provenance
-from proxy.upstream.client import TooManyTokens, UpstreamClient
+from proxy.upstream.client import TooManyTokens
+from proxy.upstream.fleet.affinity import affinity_key
+from proxy.upstream.fleet.interface import Upstream
 
 T = TypeVar("T", int, float)
 
@@ -42,7 +47,7 @@ class _RequestLimits(NamedTuple):
 
 
 async def plan_request(
-    engine: UpstreamClient,
+    engine: Upstream,
     controllers: ControllerManager,
     settings: Settings,
     caps: EpisodeCaps,
@@ -61,14 +66,28 @@ async def plan_request(
     recorded. Without `request_id` a new id is created. Raises BadRequest or UpstreamError.
     """
     started = time.monotonic()
+    has_no_vote = is_admin_only(request.tts.controller or "") or request.ignore_eos
+    rule = None if has_no_vote else agreement_rule(request.tts, settings, beta)
+    if request.tts.answer.method is ExtractionMethod.TOOLS:
+        raise no_tools()
+    if request.tts.code is not None:
+        raise useless_code_options()
+    if request.tts.answer.is_judged and not request.tts.answer.runs_code:
+        kind = request.tts.answer
+        raise BadRequest(
+            f'tts.answer is "{kind}", and text completions are not compared; use chat completions or Responses',
+            param="tts.answer",
+        )
     request_id = request_id or f"chatcmpl-{uuid4().hex}"
     logs.request_id.set(request_id)
-    deadline_s = _smallest(request.tts.deadline_s, settings.deadline_s)
+    deadline_s = smallest(request.tts.deadline_s, settings.deadline_s)
+    affinity = affinity_key(request)
+    engine = engine.route(model.id, lambda: affinity)
     async with fail_after(deadline_s):
         try:
-            spec, stage = await controllers.choose(request.tts.controller, request_id)
+            choice = await controllers.choose(request.tts.controller, request_id, model.id)
         except UnknownController as error:
-            raise BadRequest(str(error), param="tts.controller", code="unknown_controller") from None
+            raise unknown_controller(error) from None
         chat_template = "" if drift is None else await drift.template_hash(model.id)
         ids, text = await _read_prompt(engine, model, request)
         tail = await engine.detokenise(model.id, ids[-PROMPT_TAIL:])
@@ -76,20 +95,13 @@ async def plan_request(
             settings.probe_family, tail, close=settings.probe_close, lead=settings.probe_lead
         )
         limits = await _limits(engine, settings, caps, model, request, len(ids), template)
-    sampling = {name: value for name in SAMPLING if (value := getattr(request, name)) is not None}
-    if request.temperature == 0:  # equal branches would make voting useless, so only the first branch is greedy
-        del sampling["temperature"]
-        if settings.branch_temperature is not None:
-            sampling["temperature"] = settings.branch_temperature
-    if request.ignore_eos:
-        sampling["ignore_eos"] = True
+    sampling = sampling_of(request, settings)
     return Plan(
         request_id=request_id,
         created=int(time.time()),
         started=started,
         beta=beta,
-        spec=spec,
-        stage=stage,
+        choice=choice,
         prompt=Prompt(
             model=model.id,
             ids=ids,
@@ -101,16 +113,50 @@ async def plan_request(
             kind=request.tts.answer,
             template=template,
             salt=salt,
-            asks_for_answer=votability.asks_for_answer(_last_user_text(request.conversation) or text),
+            priority=request.priority,
+            asks_for_answer=votability.asks_for_answer(last_user_text(request.conversation) or text),
         ),
         environment_limits=limits.environment,
         limits=limits.episode,
         final_answer_limits=limits.final_answer,
         deadline_s=deadline_s,
         temperature=sampling.get("temperature"),
-        provenance=Provenance(tenant, text, _recorded_sampling(request, sampling), chat_template),
+        provenance=Provenance(tenant, text, recorded_sampling(request, sampling), chat_template),
         streamed=bool(request.stream),
+        signals=ALL_SIGNALS if request.tts.signals else controllers.signals_for(choice, model.id),
+        agreement_rule=rule,
+        affinity=affinity,
     )
+
+
+def sampling_of(request: GenerationRequest, settings: Settings) -> dict[str, Any]:
+    """Return the sampling parameters of branches. At temperature 0 they are those of all branches but the first."""
+    sampling = {name: value for name in SAMPLING if (value := getattr(request, name)) is not None}
+    if request.temperature == 0:  # equal branches would make voting useless, so only the first branch is greedy
+        del sampling["temperature"]
+        if settings.branch_temperature is not None:
+            sampling["temperature"] = settings.branch_temperature
+    if request.ignore_eos:
+        sampling["ignore_eos"] = True
+    return sampling
+
+
+def no_tools() -> BadRequest:
+    """Return the error for a request whose tool calls shall be voted on, and that has no tools."""
+    return BadRequest('tts.answer is "tools", and the request has no tools; send some', param="tts.answer")
+
+
+def useless_code_options() -> BadRequest:
+    """Return the error for a request with `tts.code` whose replies are not compared by what their functions return."""
+    return BadRequest(
+        'tts.code has no effect unless tts.answer is "code" in a chat completion or a response; leave it out',
+        param="tts.code",
+    )
+
+
+def unknown_controller(error: UnknownController) -> BadRequest:
+    """Return the error for a request that names an unknown controller."""
+    return BadRequest(str(error), param="tts.controller", code="unknown_controller")
 
 
 @asynccontextmanager
@@ -123,7 +169,7 @@ async def fail_after(seconds: float | None) -> AsyncIterator[None]:
         raise deadline_error() from None
 
 
-async def _read_prompt(engine: UpstreamClient, model: Model, request: GenerationRequest) -> tuple[Sequence[int], str]:
+async def _read_prompt(engine: Upstream, model: Model, request: GenerationRequest) -> tuple[Sequence[int], str]:
     """Return the prompt's ids and the text of the question. Raises BadRequest for a prompt that is far too long."""
     most, messages = model.max_length, request.conversation
     try:
@@ -144,7 +190,7 @@ async def _read_prompt(engine: UpstreamClient, model: Model, request: Generation
         ) from None
 
 
-def _last_user_text(conversation: Sequence[Mapping[str, Any]]) -> str:
+def last_user_text(conversation: Sequence[Mapping[str, Any]]) -> str:
     """Return the text of the user's last message in a conversation; empty if there is none."""
     user_contents = (message.get("content") for message in reversed(conversation) if message.get("role") == "user")
     content = next(user_contents, None)
@@ -154,7 +200,7 @@ def _last_user_text(conversation: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str))
 
 
-def _recorded_sampling(request: GenerationRequest, sampling: Mapping[str, Any]) -> dict[str, Any]:
+def recorded_sampling(request: GenerationRequest, sampling: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters that determine how branches are sampled and read, as they are recorded.
 
     Template fields and patterns are the client's text, so only their hash is recorded.
@@ -166,22 +212,23 @@ def _recorded_sampling(request: GenerationRequest, sampling: Mapping[str, Any]) 
     if request.tts.answer != AUTO:
         kind = request.tts.answer
         is_pattern = kind.method is ExtractionMethod.REGEX
-        recorded["answer"] = f"{kind.method}:{_hash(kind.argument)}" if is_pattern else str(kind)
+        recorded["answer"] = f"{kind.method}:{text_hash(kind.argument)}" if is_pattern else str(kind)
     if request.branch_limit is not None:
         recorded["max_tokens"] = request.branch_limit
     if not request.conversation:
         recorded["prompt"] = "raw"
     if fields := request.template_fields:
-        recorded["template_fields"] = _hash(json.dumps(fields, sort_keys=True))
+        recorded["template_fields"] = text_hash(json.dumps(fields, sort_keys=True))
     return recorded
 
 
-def _hash(text: str) -> str:
+def text_hash(text: str) -> str:
+    """Return a short hash of a client's text, which is recorded in its place."""
     return blake2b(text.encode(), digest_size=4).hexdigest()
 
 
 async def _limits(
-    engine: UpstreamClient,
+    engine: Upstream,
     settings: Settings,
     caps: EpisodeCaps,
     model: Model,
@@ -195,7 +242,7 @@ async def _limits(
     """
     close = len(await engine.tokenise_suffix(model.id, template.longest_closing))
     suffix = len(await engine.tokenise_suffix(model.id, template.longest_suffix))
-    cap = _smallest(request.tts.max_total_tokens, caps.tokens)
+    cap = smallest(request.tts.max_total_tokens, caps.tokens)
     probe = settings.probe_tokens
     finalise = min(settings.finalise_tokens, (model.max_length - prompt) // 4)
     if cap is not None:
@@ -232,7 +279,9 @@ async def _limits(
             code="cap_too_small",
         )
     return _RequestLimits(
-        EnvironmentLimits(settings.interval, branch, probe, ahead, settings.max_sent_bytes, cut_probes),
+        EnvironmentLimits(
+            settings.interval, branch, probe, ahead, sent_bytes=settings.max_sent_bytes, cut_probes=cut_probes
+        ),
         Limits(
             interval=settings.interval,
             max_branches=caps.branches,
@@ -244,5 +293,6 @@ async def _limits(
     )
 
 
-def _smallest(*limits: T | None) -> T | None:
+def smallest(*limits: T | None) -> T | None:
+    """Return the smallest limit that is set, or None."""
     return min((limit for limit in limits if limit is not None), default=None)

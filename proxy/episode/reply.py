@@ -7,7 +7,8 @@ import logging
 from collections.abc import Sequence
 from typing import Final
 
-from controllers import Round, State, Stop
+from controllers import State, Stop
+from discovery.data.recordings import RecordedBranch
 from proxy import probe_templates
 from proxy.environment.live_environment import LiveEnvironment
 from proxy.episode.bill import token_bill, usage
@@ -27,14 +28,16 @@ async def compose_reply(
     plan: Plan,
     environment: LiveEnvironment,
     state: State,
-    rounds: Sequence[Round],
+    recorded: Sequence[RecordedBranch] = (),
     fallback: str | None = None,
+    escalated_beta: float | None = None,
     timeout_s: float | None = None,
 ) -> Reply:
     """Return the reply to an ended episode that has at least one branch. May raise UpstreamError.
 
-    `fallback` is the reason why the baseline decided, or None. If the upstream does not answer within `timeout_s`, or
-    fails after the deadline, the reply has the text that was generated so far.
+    `recorded` are the branches if the plan records all. `fallback` is the reason why the baseline decided, or None.
+    `escalated_beta` is the β at which the episode continued, or None. If the upstream does not answer within
+    `timeout_s`, or fails after the deadline or in a recording, the reply has the text that was generated so far.
     """
     completed = environment.meter.completed
     index = _select_branch(environment, state)
@@ -44,7 +47,7 @@ async def compose_reply(
     except TimeoutError:
         message, agreed = _message_as_is(plan, environment, index, state)
     except UpstreamError as error:
-        if state.stop is not Stop.DEADLINE:
+        if state.stop is not Stop.DEADLINE and not plan.records_all:
             raise
         logger.warning("%s: %s", plan.request_id, error.logged)
         message, agreed = _message_as_is(plan, environment, index, state)
@@ -55,9 +58,18 @@ async def compose_reply(
         plan=plan,
         message=message,
         tokens=tokens,
-        usage=usage(plan, environment, message),
+        usage=usage(environment.meter, len(plan.prompt.ids), message.visible_tokens),
         tts=tts_object(
-            plan, environment, state, answer, agreed=agreed, tokens=tokens, fallback=fallback, rounds=rounds
+            plan,
+            environment,
+            state,
+            answer,
+            label=state.answer,
+            agreed=agreed,
+            tokens=tokens,
+            fallback=fallback,
+            escalated_beta=escalated_beta,
+            recorded=recorded,
         ),
     )
 

@@ -4,71 +4,76 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from textwrap import shorten
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from controllers import ControllerError, State, Stop
+from discovery.data.recordings import RecordedBranch
 from proxy.environment.answer_reader import GraderPool
+from proxy.environment.episode_environment import EpisodeEnvironment
 from proxy.environment.live_environment import LiveEnvironment, SentBytesExceeded
+from proxy.environment.reply_environment import ReplyEnvironment
 from proxy.environment.votability_check import BranchesTruncated, NotVotable
 from proxy.episode.episode_metrics import count_episode
+from proxy.episode.progress import RoundReport
 from proxy.episode.reply import compose_reply, deadline_error
+from proxy.episode.whole_reply import compose_whole_reply
 from proxy.errors import ApiError, UpstreamError
 from proxy.http import graceful_shutdown
 from proxy.recording.episode_log import EpisodeLog
+from proxy.recording.interval_probes import IntervalProbes
+from proxy.recording.reply_recordings import recorded_replies
 from proxy.rollout.controller_manager import ControllerManager
 from proxy.rollout.controller_runner import ControllerRunner
 from proxy.telemetry.metrics import Metrics
-from proxy.types import ChosenController, Plan, Reply
-from proxy.upstream.client import UpstreamClient
+from proxy.types import Model, Plan, Reply
+from proxy.upstream.fleet.interface import Upstream
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_VOTES: Final = 5
-"""Maximum number of answers in a line of progress."""
-PROGRESS_CHARS: Final = 40
-"""Maximum number of characters of each answer in a line of progress."""
 COMPOSE_S: Final = 2.0
 """Seconds after the deadline in which a reply may still be composed. After that the text so far is returned."""
 
 
 async def serve_request(
-    engine: UpstreamClient,
+    engine: Upstream,
     graders: GraderPool,
     controllers: ControllerManager,
     metrics: Metrics,
     episode_log: EpisodeLog,
     plan: Plan,
-    on_progress: Callable[[str], None] | None = None,
+    on_progress: Callable[[RoundReport], None] | None = None,
     on_spent: Callable[[int], None] | None = None,
     on_capped: Callable[[], None] | None = None,
 ) -> Reply:
     """Run the episode, compose its reply and record it.
 
-    `on_progress` is called with a line after each round. `on_spent` is called once with the tokens spent, however the
+    `on_progress` is called after each round. `on_spent` is called once with the tokens spent, however the
     episode ends. `on_capped` is called if the token cap of the request ends the episode. Raises ApiError if nothing was
     generated, or if the server shuts down first. Cancelling it aborts all requests to the upstream, whose tokens are
     counted.
     """
-    environment = LiveEnvironment(
-        engine,
-        plan.prompt,
-        plan.environment_limits,
-        graders.grader(plan.provenance.tenant),
-        keeps_all_branches=plan.records_all or plan.ignores_eos,
-    )
+    routed = engine.route(plan.prompt.model, lambda: plan.affinity, plan.request_id)
+    environment = _open_environment(routed, graders, plan)
     state = State(plan.limits)
-    on_round = None if on_progress is None else lambda: on_progress(_progress_line(environment, state))
-    runner = ControllerRunner(controllers, ChosenController(plan.spec, plan.stage), on_round)
+    on_round = None if on_progress is None else lambda: on_progress(RoundReport(environment, state))
+    runner = ControllerRunner(controllers, plan.choice, plan.prompt.model, on_round, plan.agreement_rule)
     reply: Reply | None = None
     outcome = "failed"
     try:
         with metrics.episodes_in_flight.track_inprogress():
             failure = await _run(runner, plan, environment, state)
+            recorded: Sequence[RecordedBranch] = ()
+            if plan.records_all and isinstance(environment, LiveEnvironment):
+                probes = IntervalProbes(environment, plan.limits)
+                failure = await _probe_intervals(plan, environment, state, probes) or failure
+                recorded = await probes.branches()
+            elif plan.records_all and isinstance(environment, ReplyEnvironment):
+                environment.salvage()
+                recorded = await recorded_replies(environment)
             if on_capped is not None and state.stop is Stop.MAX_TOKENS and environment.cutoff is None:
                 on_capped()
-            composed = await _compose(runner, plan, environment, state, failure)
+            composed = await _compose(runner, plan, environment, state, failure, recorded)
             if plan.records_all:
                 await episode_log.drift.confirm(plan, plan.started)
         reply, outcome = composed, "answered"
@@ -88,15 +93,52 @@ async def serve_request(
             environment.salvage()
         if on_spent is not None:
             on_spent(environment.meter.billed)
-        count_episode(metrics, plan, environment, state, runner.rounds, reply, outcome)
-        runner.end(state, environment.meter.billed, plan.prompt.model, plan.provenance.tenant)
+        count_episode(metrics, plan, environment, state, runner.measured_rounds, reply, outcome)
+        runner.end(state, environment.meter.billed, plan.provenance.tenant)
         episode_log.record(plan, runner, environment, state, reply, outcome)
 
 
+def _open_environment(engine: Upstream, graders: GraderPool, plan: Plan) -> LiveEnvironment | ReplyEnvironment:
+    """Return the environment of a planned request."""
+    grader = graders.grader(plan.provenance.tenant)
+    if plan.reply is not None:
+        model = Model(plan.prompt.model, plan.max_length)
+        return ReplyEnvironment(
+            engine,
+            model,
+            plan.prompt,
+            plan.reply,
+            plan.environment_limits,
+            grader,
+            keeps_all_branches=plan.records_all,
+        )
+    return LiveEnvironment(
+        engine,
+        plan.prompt,
+        plan.environment_limits,
+        grader,
+        keeps_all_branches=plan.records_all or plan.ignores_eos,
+        signals=plan.signals,
+    )
+
+
 async def _run(
-    runner: ControllerRunner, plan: Plan, environment: LiveEnvironment, state: State
+    runner: ControllerRunner, plan: Plan, environment: LiveEnvironment | ReplyEnvironment, state: State
 ) -> UpstreamError | None:
-    """Run the episode until the controller or a limit ends it. Return the upstream's error if it failed, or None."""
+    """Run the episode until the controller or a limit ends it. Return the upstream's error if it failed, or None.
+
+    Afterwards nothing runs at the upstream, and all tokens are billed.
+    """
+    try:
+        return await _run_controller(runner, plan, environment, state)
+    finally:
+        if isinstance(environment, ReplyEnvironment):
+            await environment.close()
+
+
+async def _run_controller(
+    runner: ControllerRunner, plan: Plan, environment: EpisodeEnvironment, state: State
+) -> UpstreamError | None:
     try:
         async with asyncio.timeout(plan.remaining_s):
             await runner.run(plan.beta.value, environment, state)
@@ -129,7 +171,7 @@ async def _run(
     return None
 
 
-def _is_all_truncated(environment: LiveEnvironment, state: State) -> bool:
+def _is_all_truncated(environment: EpisodeEnvironment, state: State) -> bool:
     """Return whether the episode has no answer because the token limit cut every branch that was not pruned."""
     if state.stop is not Stop.ANSWERED or state.answer is not None or state.votes:
         return False
@@ -138,25 +180,49 @@ def _is_all_truncated(environment: LiveEnvironment, state: State) -> bool:
     return reasons == {"length"}
 
 
+async def _probe_intervals(
+    plan: Plan, environment: LiveEnvironment, state: State, probes: IntervalProbes
+) -> UpstreamError | None:
+    """Probe the finished branches of a recording. Return the upstream's error if it failed, or None."""
+    stop, failure = state.stop, None
+    try:
+        async with asyncio.timeout(plan.remaining_s):
+            if not await probes.run():
+                stop = Stop.MAX_TOKENS
+    except TimeoutError:
+        stop = Stop.DEADLINE
+    except UpstreamError as error:
+        logger.warning("%s: %s", plan.request_id, error.logged)
+        stop, failure = Stop.UPSTREAM_ERROR, error
+    environment.discard_in_flight()
+    if state.stop is Stop.ANSWERED:
+        state.stop = stop
+    return failure
+
+
 async def _compose(
-    runner: ControllerRunner, plan: Plan, environment: LiveEnvironment, state: State, failure: UpstreamError | None
+    runner: ControllerRunner,
+    plan: Plan,
+    environment: LiveEnvironment | ReplyEnvironment,
+    state: State,
+    failure: UpstreamError | None,
+    recorded: Sequence[RecordedBranch],
 ) -> Reply:
     """Return the reply. Raises `failure`, or another ApiError, if nothing was generated that can answer."""
-    if failure is not None and state.answer is None and not state.finished:
+    is_recorded = any(branch.complete for branch in recorded)
+    if failure is not None and state.answer is None and not state.finished and not is_recorded:
         raise failure
     if not environment.branches:
         raise deadline_error()
     remaining_s = plan.remaining_s
     timeout_s = None if remaining_s is None else max(0.0, remaining_s) + COMPOSE_S
+    if isinstance(environment, ReplyEnvironment):
+        return await compose_whole_reply(
+            plan, environment, state, recorded, runner.fallback, runner.escalated_beta, timeout_s
+        )
     try:
-        return await compose_reply(plan, environment, state, runner.rounds, runner.fallback, timeout_s)
+        return await compose_reply(
+            plan, environment, state, recorded, runner.fallback, runner.escalated_beta, timeout_s
+        )
     except UpstreamError as error:
         raise failure or error from None
-
-
-def _progress_line(environment: LiveEnvironment, state: State) -> str:
-    """Return a line on the episode so far: round, branches, votes and tokens."""
-    votes = sorted(state.votes.items(), key=lambda vote: -vote[1])[:PROGRESS_VOTES]
-    counts = [f"{shorten(environment.labels.written(label), PROGRESS_CHARS)}: {count}" for label, count in votes]
-    parts = [f"{state.width} branches", *([f"votes {', '.join(counts)}"] if counts else [])]
-    return f"round {state.rounds}: {', '.join(parts)}, {environment.meter.billed:,} tokens\n"

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from controllers import Round, State
+from controllers import State
 from discovery.answers import Answer
-from proxy.environment.live_environment import LiveEnvironment
-from proxy.recording import recorded_branches
+from discovery.data.recordings import RecordedBranch
+from proxy.environment.episode_environment import EpisodeEnvironment
+from proxy.episode.agreement import agreement_fields, agreement_headers
+from proxy.recording.recorded_branches import as_json
 from proxy.types import Plan
 
 
@@ -31,25 +33,29 @@ def reply_headers(plan: Plan, tts: Mapping[str, Any]) -> dict[str, str]:
         "x-tts-rounds": str(tts["rounds"]),
         "x-tts-tokens": str(tts["tokens"]["total"]),
         "x-tts-stop": tts["stop"],
+        **agreement_headers(tts),
         **({} if (reason := tts["fallback"]) is None else {"x-tts-fallback": reason}),
     }
 
 
 def tts_object(
     plan: Plan,
-    environment: LiveEnvironment,
+    environment: EpisodeEnvironment,
     state: State,
     answer: Answer | None,
     *,
+    label: int | None,
     agreed: bool,
     tokens: Mapping[str, int],
     fallback: str | None,
-    rounds: Sequence[Round],
+    escalated_beta: float | None,
+    recorded: Sequence[RecordedBranch],
 ) -> dict[str, Any]:
     """Return the `tts` object.
 
-    `answer` is read from the reply's message. `agreed` says whether the message gives the voted answer. `tokens` is the
-    bill. `fallback` is the reason why the baseline decided, or None.
+    `answer` is read from the reply's message, and `label` is that of the reply. `agreed` says whether the message gives
+    the voted answer. `tokens` is the bill. `fallback` is the reason why the baseline decided, or None. `escalated_beta`
+    is the β at which the episode continued, or None. `recorded` are all branches, if the plan records them.
     """
     meter = environment.meter
     written = {label: environment.labels.written(label) for label in state.votes}
@@ -63,13 +69,15 @@ def tts_object(
         "controller": plan.controller,
         "controller_digest": plan.spec.digest[:12],
         "stage": plan.stage,
+        "stage_model": plan.choice.stage_model,
         "branches": len(environment.branches),
         "rounds": state.rounds,
         "stop": str(state.stop),
         "answer": written[state.answer] if state.answer is not None else answer and answer.written,
         "answer_kind": str(plan.prompt.kind),
-        "probe_template": plan.prompt.template.name,
+        "probe_template": plan.probe_template or None,
         "agreed": None if state.answer is None else agreed,
+        **agreement_fields(state, label, plan.agreement_rule, escalated_beta),
         "votes": {written[label]: count for label, count in state.votes.items()},
         "temperature": plan.temperature,
         "greedy_first": plan.prompt.greedy_first,
@@ -81,16 +89,16 @@ def tts_object(
             "cached_tokens": meter.cached_tokens,
         },
         "fallback": fallback,
-        **({"recording": _recording(plan, environment, rounds)} if plan.records_all else {}),
+        **({"recording": _recording(plan, recorded)} if plan.records_all else {}),
     }
 
 
-def _recording(plan: Plan, environment: LiveEnvironment, rounds: Sequence[Round]) -> dict[str, Any]:
-    """Return the episode's branches and how they were generated, in the generic recording format."""
+def _recording(plan: Plan, recorded: Sequence[RecordedBranch]) -> dict[str, Any]:
+    """Return the recorded branches and how they were generated, in the generic recording format."""
     return {
         "interval": plan.environment_limits.interval,
         "sampling": plan.provenance.sampling,
-        "probe_template": plan.prompt.template.name,
+        "probe_template": plan.probe_template,
         "chat_template": plan.provenance.chat_template,
-        "branches": [branch._asdict() for branch in recorded_branches.branches(environment, rounds)],
+        "branches": [as_json(branch) for branch in recorded],
     }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 from collections.abc import Awaitable, Collection, Iterable
 from http import HTTPStatus
 from typing import Any, Final
-from uuid import uuid4
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -41,7 +41,7 @@ class AccessLogMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id.set(f"req-{uuid4().hex}")  # the context variable of this request's task
+        request_id.set(f"req-{os.urandom(16).hex()}")  # the context variable of this request's task
         sent_id = client_id(scope["headers"])
         client_request_id.set(sent_id.decode())
         service = scope["app"].state.service
@@ -65,9 +65,14 @@ def client_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
     Valid ids are printable ASCII of at most 128 bytes.
     """
-    first_values = dict(reversed([*headers]))  # the first of repeated headers counts
-    candidates = (first_values[name] for name in CLIENT_IDS if name in first_values)
-    return next((value for value in candidates if _CLIENT_ID.fullmatch(value)), b"")
+    first_values: dict[bytes, bytes] = {}
+    for name, value in headers:
+        if name in CLIENT_IDS:
+            first_values.setdefault(name, value)
+    for name in CLIENT_IDS:
+        if _CLIENT_ID.fullmatch(first_values.get(name, b"")):
+            return first_values[name]
+    return b""
 
 
 class _ResponseTiming:
@@ -97,12 +102,13 @@ class _ResponseTiming:
     def finish(self, metrics: Any) -> None:
         """Update the metrics and write the log line."""
         applied = self._header(b"x-tts-applied") or "false"
-        streamed = str((self._header(b"content-type") or "").startswith("text/event-stream")).lower()
+        is_streamed = self.headers.get(b"content-type", b"").startswith(b"text/event-stream")
+        streamed = "true" if is_streamed else "false"
         labels = self.path, applied, streamed
         if self.first is not None:
-            metrics.first_byte_seconds.labels(*labels).observe(self.first)
+            metrics.child(metrics.first_byte_seconds, *labels).observe(self.first)
         if self.last is not None:
-            metrics.response_seconds.labels(*labels).observe(self.last)
+            metrics.child(metrics.response_seconds, *labels).observe(self.last)
         if self.path in UNLOGGED_PATHS or not logger.isEnabledFor(logging.INFO):
             return
         fields = {

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 
 class WriteTimeoutFlow(FlowControl):
@@ -46,9 +47,41 @@ class UnboundedLength(int):
 
 
 class ResponseTransport:
-    """Transport that a response writes to. Its `close` gives the client time to read the response."""
+    """Transport that one response writes to. Its `close` gives the client time to read the response.
 
-    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
-        self.write = transport.write
+    The head of a response of known length waits for the body, because two writes cost more than one.
+    """
+
+    def __init__(self, transport: asyncio.Transport, cycle: RequestResponseCycle, close: Callable[[], None]) -> None:
         self.is_closing = transport.is_closing
-        self.close = close
+        self._transport = transport
+        self._cycle = cycle
+        self._close = close
+        self._has_head = False  # whether the head has been written, or waits
+        self._waiting = b""  # the head that waits
+
+    def write(self, data: bytes) -> None:
+        """Write a head or a piece of a body. uvicorn writes a head in one piece."""
+        if self._waiting:
+            head, self._waiting = self._waiting, b""
+            self._transport.writelines((head, data))
+        elif self._cycle.response_started and not self._has_head:
+            self._has_head = True
+            if self._is_followed_by_body():
+                self._waiting = data
+            else:
+                self._transport.write(data)
+        else:
+            self._transport.write(data)
+
+    def close(self) -> None:
+        """Close the connection, after what waits has been sent."""
+        if self._waiting:
+            self.write(b"")
+        self._close()
+
+    def _is_followed_by_body(self) -> bool:
+        cycle = self._cycle
+        length = cycle.expected_content_length
+        is_known = cycle.chunked_encoding is False and not isinstance(length, UnboundedLength)
+        return is_known and length > 0 and cycle.scope["method"] != "HEAD"

@@ -73,7 +73,8 @@ class ShutdownMiddleware:
         """Wait up to `seconds` for running requests, then cancel the rest. Returns how many were cancelled."""
         try:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), seconds)
+                async with asyncio.timeout(seconds):
+                    await self._idle.wait()
         finally:  # also if the drain itself is cancelled: the server then cancels the requests
             for request in self._running.values():
                 request.is_cut = True

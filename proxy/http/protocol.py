@@ -113,6 +113,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._is_closing = False  # send no further answers
         self._parse_error: ApiError | None = None  # in the message that is being read
         self._timer: asyncio.TimerHandle | None = None
+        self._is_parsing = False  # timers start once all input has been parsed: most of them would end at once
+        self._next_timer: tuple[float | None, Callable[[], object] | None] | None = None
         self._body_began = 0.0  # by the loop's clock
         self._body_bytes = 0
         self._pieces = 0  # of the body so far
@@ -120,7 +122,6 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = WriteTimeoutFlow(transport, self._limits.write_s, self._give_up)
-        self._outlet = ResponseTransport(transport, self._finish)
         if self._table.admit(self, self.client[0] if self.client else ""):
             self._wait(self._limits.head_s)
         else:
@@ -138,17 +139,22 @@ class HttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_deaf:
             return
-        if self._stage is Stage.IDLE and self._timer is None:
-            self._wait(self._limits.head_s)
         self._bytes_since_progress += len(data)
         self._unset_keepalive_if_required()
+        self._is_parsing = True
+        if self._stage is Stage.IDLE and self._timer is None:
+            self._wait(self._limits.head_s)
         try:
             while data:
                 data = self._feed(data)
         except httptools.HttpParserError:
             self._refuse(self._parse_error or BadRequest("the request is not well-formed HTTP/1.1", code="bad_http"))
+        finally:
+            self._is_parsing = False
         if not self._is_deaf and self._bytes_since_progress > MOST_HEAD_BYTES:
             self._refuse(head_too_large())
+        if self._next_timer is not None:
+            self._wait(*self._next_timer)
 
     def evict(self) -> None:
         """Close the connection at once and refuse the request that is being read, if any."""
@@ -201,7 +207,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._cycles = self._unanswered()
         super().on_headers_complete()
         self._stage = Stage.BODY
-        self.cycle.transport = self._outlet  # type: ignore[assignment]
+        self.cycle.transport = ResponseTransport(self.transport, self.cycle, self._finish)  # type: ignore[assignment]
         self._cycles.append(self.cycle)
         if self.scope["http_version"] == "1.0":
             self.cycle.chunked_encoding, self.cycle.expected_content_length = False, UnboundedLength()
@@ -324,6 +330,10 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _wait(self, seconds: float | None, then: Callable[[], object] | None = None) -> None:
         """Replace the timer: call `then`, or `_on_timeout`, after `seconds`; None only cancels it."""
+        if self._is_parsing:
+            self._next_timer = (seconds, then)
+            return
+        self._next_timer = None
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None if seconds is None else self.loop.call_later(seconds, then or self._on_timeout)

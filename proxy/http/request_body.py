@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import Final, Protocol
 
 import zstandard
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
+from starlette.types import Message
 
 from proxy.errors import BadRequest, TooLarge, TooMany, UnsupportedMedia
 from proxy.http.sse import ClientDisconnected
@@ -57,23 +58,35 @@ class BodyReader:
 
         Raises TooLarge, TooMany, UnsupportedMedia, BadRequest or ClientDisconnected.
         """
+        first = await request.receive()
+        raw: bytes = first.get("body", b"")
+        encoding = request.headers.get("content-encoding", "").strip().lower()
+        is_complete = first["type"] == "http.request" and not first.get("more_body")
+        if encoding or not is_complete or len(raw) > min(SMALL, self._most):
+            raw = await self._read_rest(request, first, encoding)
+        return raw.removeprefix(codecs.BOM_UTF8)
+
+    async def _read_rest(self, request: Request, message: Message, encoding: str) -> bytes:
+        """Return the decoded body that begins with an ASGI message. Its memory is counted while it grows."""
         body = bytearray()
         hold = self._holding(request)
-        try:
-            async for data in request.stream():
-                body += data
-                if len(body) > self._most:
-                    raise TooLarge(f"the body is larger than {self._most} bytes", code="body_too_large")
-                if len(body) > SMALL:
-                    hold(len(body))
-        except ClientDisconnect:
-            raise ClientDisconnected from None
+        while True:
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnected
+            body += message.get("body", b"")
+            if len(body) > self._most:
+                raise TooLarge(f"the body is larger than {self._most} bytes", code="body_too_large")
+            if len(body) > SMALL:
+                hold(len(body))
+            if not message.get("more_body"):
+                break
+            message = await request.receive()
         raw = bytes(body)
-        if encoding := request.headers.get("content-encoding", "").strip().lower():
+        if encoding:
             raw = await _decoded(raw, encoding, self._most)
             if len(raw) > SMALL:
                 hold(len(raw))
-        return raw.removeprefix(codecs.BOM_UTF8)
+        return raw
 
     def _holding(self, request: Request) -> Callable[[int], None]:
         """Return a function that reserves a number of bytes for a request's body until the request is over."""

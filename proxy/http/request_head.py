@@ -16,6 +16,7 @@ MOST_HEAD_BYTES: Final = 32 * 2**10
 """Maximum bytes of a request's target and headers together."""
 SINGLE_HEADERS: Final = (
     b"authorization",
+    b"x-api-key",
     b"content-type",
     b"content-length",
     b"content-encoding",

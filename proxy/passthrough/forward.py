@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager
 from http import HTTPStatus
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,7 +15,8 @@ from starlette.responses import Response
 from proxy import errors
 from proxy.http.sse import StreamedResponse
 from proxy.upstream.body_tap import BodySink, stream_body
-from proxy.upstream.client import UpstreamClient
+from proxy.upstream.fleet.interface import Upstream
+from proxy.upstream.response_body import read_short_body
 
 POST_PATHS: Final = (
     "/v1/embeddings",
@@ -31,7 +31,6 @@ GET_PATHS: Final = ("/version", "/tokenizer_info", "/ping")
 """Paths that a client may GET through the proxy."""
 UNSERVED_PATHS: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "/v1/messages": "the proxy does not serve Anthropic's API; use /v1/chat/completions",
         "/v1/chat/completions/batch": "send the requests one by one to /v1/chat/completions",
         "/v1/audio/transcriptions": "the proxy serves text; send the request to the upstream directly",
         "/v1/audio/translations": "the proxy serves text; send the request to the upstream directly",
@@ -50,6 +49,7 @@ UNSERVED_PATHS: Final[Mapping[str, str]] = MappingProxyType(
 
 _REQUEST_HEADERS: Final = ("content-type", "accept")
 _RESPONSE_HEADERS: Final = ("content-type", "retry-after")
+_ERROR: Final = int(HTTPStatus.BAD_REQUEST)
 
 
 MAX_BUFFERED_BYTES: Final = 64 * 2**10
@@ -57,34 +57,34 @@ MAX_BUFFERED_BYTES: Final = 64 * 2**10
 
 
 async def forward(
-    engine: UpstreamClient,
+    engine: Upstream,
     request: Request,
     body: bytes,
     headers: Mapping[str, str],
     content_type: str | None = None,
     *,
-    is_stream: bool = False,
     in_pieces: bool = False,
 ) -> Response:
     """Return the upstream's response to `body` at the request's path, with `headers` added. Raises UpstreamError.
 
-    `content_type` replaces the request's, if the proxy wrote the body itself. `is_stream` says that the body requests a
-    stream. With `in_pieces` even a short response is returned as a StreamedResponse, unless it is an error.
+    `content_type` replaces the request's, if the proxy wrote the body itself. With `in_pieces` even a short response is
+    returned as a StreamedResponse, unless it is an error.
     """
     sent = {name: value for name in _REQUEST_HEADERS if (value := request.headers.get(name))}
     if content_type is not None:
         sent["content-type"] = content_type
     if own_id := headers.get("x-request-id"):  # vLLM derives its own id from it and logs it
         sent["x-request-id"] = own_id
-    exchange = AsyncExitStack()
-    relayed = engine.relay(request.method, request.scope["path"], body, sent, is_eager=is_stream)
-    upstream = await exchange.enter_async_context(relayed)
+    scope = request.scope
+    relayed = engine.relay(scope["method"], scope["path"], body, sent)
+    upstream = await relayed.__aenter__()
+    exchange = _Entered(relayed)
     kept = {name: value for name in _RESPONSE_HEADERS if (value := upstream.headers.get(name))}
     length = upstream.content_length
-    is_error = upstream.status >= HTTPStatus.BAD_REQUEST
+    is_error = upstream.status >= _ERROR
     if (is_error or not in_pieces) and length is not None and length <= MAX_BUFFERED_BYTES:
-        async with exchange, asyncio.timeout(engine.read_timeout_s):
-            content = await upstream.read()
+        async with exchange:
+            content = await read_short_body(upstream, engine.read_timeout_s)
         if is_error:
             content = as_openai_error(upstream.status, content)
         return Response(content, upstream.status, {"cache-control": "no-cache", **kept, **headers})
@@ -93,6 +93,19 @@ async def forward(
         await stream_body(upstream, sink, engine.read_timeout_s)
 
     return StreamedResponse(source, exchange, status_code=upstream.status, headers={**kept, **headers}, media_type=None)
+
+
+class _Entered(AbstractAsyncContextManager[None]):
+    """Context that has been entered, to be exited elsewhere."""
+
+    def __init__(self, context: AbstractAsyncContextManager[object]) -> None:
+        self._context = context
+
+    async def __aenter__(self) -> None:
+        """Do nothing."""
+
+    async def __aexit__(self, *error: Any) -> bool | None:
+        return await self._context.__aexit__(*error)
 
 
 def as_openai_error(status: int, content: bytes) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
 from proxy.upstream.body_tap import BodySource, convert_pieces
@@ -25,7 +26,7 @@ class ForwardedRequest(NamedTuple):
 
     request: str  # the proxy's id, as in the response's x-request-id
     tenant: str
-    created: str  # UTC, in ISO 8601
+    created: float  # seconds since the epoch
     endpoint: str
     model: str
     reason: str  # why no controller served it
@@ -34,7 +35,8 @@ class ForwardedRequest(NamedTuple):
 
     def as_json(self, upstream_id: str | None) -> dict[str, Any]:
         """Return the record in the format of `GET /v1/tts/requests/ID`."""
-        return {**self._asdict(), "applied": False, "upstream_id": upstream_id}
+        created = datetime.fromtimestamp(self.created, UTC).isoformat(timespec="milliseconds")
+        return {**self._asdict(), "created": created, "applied": False, "upstream_id": upstream_id}
 
 
 class RecentRequests:

@@ -46,7 +46,7 @@ class UnappliedBeta:
         is_lost = beta is not None and unserved is not GREEDY
         if tts.required or (tts.required is None and self._is_required and is_lost):
             switch = "tts.required" if tts.required else "the server's AUTOTTS_REQUIRED"
-            remedy = f"leave out {unserved.field}" if unserved.field else "set tts.beta"
+            remedy = unserved.remedy or (f"leave out {unserved.field}" if unserved.field else "set tts.beta")
             if is_lost:
                 remedy += ", or set tts.required to false"
             raise BadRequest(

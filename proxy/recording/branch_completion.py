@@ -19,19 +19,20 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Final, TypeVar
 
-from controllers import Action, Probed, Round, State, Stop, advance, branch, probe
+from controllers import TO_END, Action, Probed, Round, State, Stop, advance, branch, probe
 from discovery.answers import redacted
 from discovery.data.recordings import Origin, RecordedBranch, RecordedQuestion, live_split
 from proxy.admission.request_slot import RequestSlots
 from proxy.admission.token_budget import TokenWindow
 from proxy.environment.live_environment import LiveEnvironment
+from proxy.environment.reply_environment import ReplyEnvironment
 from proxy.errors import UpstreamError
-from proxy.recording import recorded_branches
+from proxy.recording import recorded_branches, reply_recordings
 from proxy.recording.template_drift import TemplateDrift
 from proxy.settings import Settings, StoreText
 from proxy.telemetry.metrics import Metrics
 from proxy.types import Plan
-from proxy.upstream.client import UpstreamClient
+from proxy.upstream.fleet.interface import Upstream
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ class PendingEpisode:
     """A sampled episode, in its state when the answer was sent."""
 
     plan: Plan
-    environment: LiveEnvironment
+    environment: LiveEnvironment | ReplyEnvironment
     rounds: Sequence[Round]
     settled: int = field(init=False)  # tokens already charged; at first those charged to the client
 
@@ -73,7 +74,7 @@ class BranchCompleter:
     """Completes the branches of pending episodes, one episode after the other."""
 
     def __init__(
-        self, engine: UpstreamClient, settings: Settings, metrics: Metrics, slots: RequestSlots, drift: TemplateDrift
+        self, engine: Upstream, settings: Settings, metrics: Metrics, slots: RequestSlots, drift: TemplateDrift
     ) -> None:
         self._engine = engine
         self._background = engine.for_background()
@@ -97,6 +98,11 @@ class BranchCompleter:
             return False
         return bool(settings.store and ended and readable and is_sampled(plan.request_id, settings.record_fraction))
 
+    def wants_replies(self, plan: Plan, environment: ReplyEnvironment, state: State) -> bool:
+        """Return whether an episode of whole replies should be recorded: it was sampled and all its replies ended."""
+        is_drawn = bool(self._settings.store) and is_sampled(plan.request_id, self._settings.record_fraction)
+        return is_drawn and reply_recordings.is_recordable(plan, environment, state)
+
     def enqueue(self, pending: PendingEpisode) -> bool:
         """Queue an episode. Return False, and count it as skipped, if the queue is full or the budget is too small."""
         settings = self._settings
@@ -105,7 +111,8 @@ class BranchCompleter:
             return False
         if not self._max_parallel(pending.plan):
             budget = settings.record_tokens_per_hour
-            self._skip(f"AUTOTTS_RECORD_TOKENS_PER_HOUR={budget} is too small for one interval; raise it")
+            unit = "interval" if pending.plan.reply is None else f"reply of up to {_step_cost(pending.plan)} tokens"
+            self._skip(f"AUTOTTS_RECORD_TOKENS_PER_HOUR={budget} is too small for one {unit}; raise it")
             return False
         self._pending.put_nowait(pending)
         return True
@@ -146,25 +153,48 @@ class BranchCompleter:
         return recording
 
     async def _complete(self, pending: PendingEpisode) -> RecordedQuestion:
-        plan, environment = pending.plan, pending.environment
-        environment.continue_in_background(self._background, PRIORITY)
+        if isinstance(pending.environment, ReplyEnvironment):
+            return await self._add_replies(pending, pending.environment)
+        return await self._complete_branches(pending, pending.environment)
+
+    async def _add_replies(self, pending: PendingEpisode, environment: ReplyEnvironment) -> RecordedQuestion:
+        """Open more replies up to the number that is recorded. Those of the episode have ended."""
+        plan = pending.plan
+        environment.continue_in_background(self._routed(plan), PRIORITY)
+        await self._drift.confirm(plan, time.monotonic())
+        missing = range(len(environment.branches), self._settings.record_branches)
+        try:
+            for group in _groups(missing, self._max_parallel(plan)):
+                await self._wait_for_capacity(pending, len(group))
+                await environment.execute([branch(TO_END)] * len(group))
+        finally:
+            await environment.close()  # if one reply fails or the proxy ends, the others run on otherwise
+        await self._drift.confirm(plan, time.monotonic())
+        return _recording(plan, self._settings.store_text, await reply_recordings.recorded_replies(environment))
+
+    async def _complete_branches(self, pending: PendingEpisode, environment: LiveEnvironment) -> RecordedQuestion:
+        plan = pending.plan
+        environment.continue_in_background(self._routed(plan), PRIORITY)
         await self._wait_for_capacity(pending, 1)
         await self._drift.confirm(plan, time.monotonic())  # before any tokens are spent
         parallel = self._max_parallel(plan)
         rounds = list(pending.rounds)
         running = [i for i, live in enumerate(environment.branches) if live.finish is None]
         for group in _groups(running, parallel):
-            rounds += await self._run_to_end(pending, [move for i in group for move in (advance(i), probe(i))])
+            moves = [move for i in group for move in (advance(i), probe(i))]
+            rounds += await self._run_to_end(pending, environment, moves)
         missing = range(len(environment.branches), self._settings.record_branches)
         for group in _groups(missing, parallel):
-            rounds += await self._run_to_end(pending, [move for i in group for move in (branch(), probe(i))])
-        late = await self._probe_gaps(pending, rounds)
+            moves = [move for i in group for move in (branch(), probe(i))]
+            rounds += await self._run_to_end(pending, environment, moves)
+        late = await self._probe_gaps(pending, environment, rounds)
         await self._drift.confirm(plan, time.monotonic())
         return _recording(plan, self._settings.store_text, recorded_branches.branches(environment, rounds, late))
 
-    async def _run_to_end(self, pending: PendingEpisode, actions: Sequence[Action]) -> list[Round]:
+    async def _run_to_end(
+        self, pending: PendingEpisode, environment: LiveEnvironment, actions: Sequence[Action]
+    ) -> list[Round]:
         """Execute `actions`, then advance and probe their branches until all have ended. Return the rounds."""
-        environment = pending.environment
         rounds: list[Round] = []
         running = sorted({action.branch for action in actions if action.branch >= 0})
         while running:
@@ -174,9 +204,10 @@ class BranchCompleter:
             actions = [move for i in running for move in (advance(i), probe(i))]
         return rounds
 
-    async def _probe_gaps(self, pending: PendingEpisode, rounds: Sequence[Round]) -> dict[tuple[int, int], Probed]:
+    async def _probe_gaps(
+        self, pending: PendingEpisode, environment: LiveEnvironment, rounds: Sequence[Round]
+    ) -> dict[tuple[int, int], Probed]:
         """Probe branches after the intervals at which the controller did not. Keys are (branch, intervals)."""
-        environment = pending.environment
         probed = recorded_branches.probes_by_interval(rounds)
         interval = environment.limits.interval
         gaps = [
@@ -191,18 +222,22 @@ class BranchCompleter:
             late.update(zip(group, await environment.probe_at(group), strict=True))
         return late
 
+    def _routed(self, plan: Plan) -> Upstream:
+        """Return the upstream for the background calls of an episode, which go where its prompt is cached."""
+        return self._background.route(plan.prompt.model, lambda: plan.affinity, plan.request_id)
+
     async def _wait_for_capacity(self, pending: PendingEpisode, branches: int) -> None:
-        """Wait until the budget allows one interval of `branches` and the upstream has spare capacity."""
+        """Wait until the budget allows one interval of `branches`, or whole replies, and the upstream has capacity."""
         self._settle(pending)
-        needed = branches * _interval_cost(pending.plan)
+        needed = branches * _step_cost(pending.plan)
         while True:
             if self._window.fits(needed, time.monotonic()) and not await self._is_busy():
                 return
             await asyncio.sleep(POLL_S)
 
     def _max_parallel(self, plan: Plan) -> int:
-        """Return how many branches may run concurrently. One interval of all of them must fit the hourly budget."""
-        return min(self._settings.record_at_once, self._settings.record_tokens_per_hour // _interval_cost(plan))
+        """Return how many branches may run concurrently. One step of all of them must fit the hourly budget."""
+        return min(self._settings.record_at_once, self._settings.record_tokens_per_hour // _step_cost(plan))
 
     def _settle(self, pending: PendingEpisode) -> None:
         """Charge the tokens that an episode has spent since the last call."""
@@ -217,14 +252,16 @@ class BranchCompleter:
         If the upstream does not report its queue, it counts as busy while any request is being served.
         """
         queues, engine = (self._slots.episodes, self._slots.passthrough), self._engine
-        if any(queue.waiting for queue in (*queues, engine.branch_semaphore)) or not engine.breaker.is_closed:
+        if any(queue.waiting for queue in queues) or engine.calls_waiting or not engine.is_available:
             return True
         waiting = await engine.queue_length()
         return any(queue.in_flight for queue in queues) if waiting is None else waiting > 0
 
 
-def _interval_cost(plan: Plan) -> int:
-    """Return the maximum tokens of one interval of a branch and the probe after it."""
+def _step_cost(plan: Plan) -> int:
+    """Return the maximum tokens of one interval of a branch and the probe after it, or of a whole reply."""
+    if plan.reply is not None:
+        return plan.reply.branch_tokens
     return plan.environment_limits.interval + plan.limits.probe_tokens
 
 
@@ -244,7 +281,7 @@ def _recording(plan: Plan, text: StoreText, branches: Sequence[RecordedBranch]) 
         split=live_split(plan.provenance.question),
         text=plan.provenance.text if text is StoreText.FULL else None,
         sampling=plan.provenance.sampling,
-        probe_template=plan.prompt.template.name,
+        probe_template=plan.probe_template,
         origin=Origin.LIVE,
         chat_template=plan.provenance.chat_template,
         request=plan.request_id,

@@ -6,22 +6,26 @@ import asyncio
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 from uuid import uuid4
 
 from controllers import State
+from controllers.builtin import BASELINE
 from discovery.answers import canonical, is_redacted, redacted
 from discovery.data.packed_rounds import pack_rounds
 from discovery.evaluation.reference_answers import SATISFIED_SCORE
-from discovery.store import EpisodeDetails, Feedback, ServedEpisode
+from discovery.store import DatabaseUrl, EpisodeDetails, Feedback, ServedEpisode
+from discovery.store.records import stored_time, utc_now
 from proxy.admission.auth import Caller
 from proxy.admission.request_slot import RequestSlots
 from proxy.admission.token_budget import BudgetExceeded, RateLimit, retry_after
+from proxy.environment.episode_environment import EpisodeEnvironment
 from proxy.environment.live_environment import LiveEnvironment
+from proxy.environment.reply_environment import ReplyEnvironment
 from proxy.errors import NotFound, RecordsAway, TooMany
 from proxy.recording.branch_completion import BranchCompleter, PendingEpisode
 from proxy.recording.store_writer import RECENT, RequestOwner, StoreWriter
@@ -32,15 +36,26 @@ from proxy.settings import Settings, StoreText
 from proxy.telemetry import logs
 from proxy.telemetry.metrics import Metrics
 from proxy.types import Plan, Reply
-from proxy.upstream.client import UpstreamClient
+from proxy.upstream.fleet.interface import Upstream
 
 ACKNOWLEDGE_S: Final = 0.01
 """Maximum seconds that a feedback response waits until the feedback is on disk."""
+ELSEWHERE_S: Final = 2.0
+"""Maximum seconds that a response waits for a request that another process may be writing."""
+LOOK_AGAIN_S: Final = 0.1
 NO_REQUEST: Final = ""
 """Id of a request that does not exist.
 
 It is looked up in place of another tenant's request, so that the response does not reveal that the request exists.
 """
+
+
+class _HasTenant(Protocol):
+    @property
+    def tenant(self) -> str: ...
+
+
+_Owned = TypeVar("_Owned", bound=_HasTenant)
 
 
 class FeedbackReceipt(NamedTuple):
@@ -57,13 +72,14 @@ class EpisodeLog:
     """Records the episodes and feedback of one proxy."""
 
     def __init__(
-        self, engine: UpstreamClient, settings: Settings, metrics: Metrics, slots: RequestSlots, drift: TemplateDrift
+        self, engine: Upstream, settings: Settings, metrics: Metrics, slots: RequestSlots, drift: TemplateDrift
     ) -> None:
         self.writer = StoreWriter(settings, metrics)
         self.drift = drift
         self.completer = BranchCompleter(engine, settings, metrics, slots, drift)
         self._metrics = metrics
         self._text = settings.store_text
+        self._is_shared = settings.workers > 1 or isinstance(settings.store, DatabaseUrl)
         self._completing: asyncio.Task[None] | None = None
         self._rated: OrderedDict[str, None] = OrderedDict()  # requests with feedback of known satisfaction
         self._feedback_at = datetime.now(UTC)  # time of the latest feedback
@@ -89,7 +105,7 @@ class EpisodeLog:
         self,
         plan: Plan,
         runner: ControllerRunner,
-        environment: LiveEnvironment,
+        environment: EpisodeEnvironment,
         state: State,
         reply: Reply | None,
         outcome: str,
@@ -100,11 +116,15 @@ class EpisodeLog:
         """
         if not self.writer.is_on:
             return
-        owner = RequestOwner(plan.provenance.tenant, plan.stage, plan.spec.digest)
+        owner = RequestOwner(plan.provenance.tenant, plan.stage, plan.spec.digest, plan.prompt.model)
         made = _episode(plan, runner, environment, state, reply, str(state.stop or outcome), self._text)
         self.writer.put(plan.request_id, made, owner)
-        if reply is not None and self.completer.wants(plan, state):
-            self.completer.enqueue(PendingEpisode(plan, environment, tuple(runner.rounds)))
+        if reply is None:
+            return
+        if isinstance(environment, LiveEnvironment) and self.completer.wants(plan, state):
+            self.completer.enqueue(PendingEpisode(plan, environment, tuple(runner.measured_rounds)))
+        elif isinstance(environment, ReplyEnvironment) and self.completer.wants_replies(plan, environment, state):
+            self.completer.enqueue(PendingEpisode(plan, environment, ()))
 
     async def _complete(self) -> None:
         while True:
@@ -114,26 +134,38 @@ class EpisodeLog:
 
     async def find(self, caller: Caller, request: str) -> ServedEpisode:
         """Return the episode of a request. Raises NotFound, also for other tenants' requests, or RecordsAway."""
-        if self.writer.is_on:
-            episode = await self.writer.find(request)
-            if episode is not None and not caller.may_see(episode.tenant):
-                episode = await self.writer.find(NO_REQUEST)
-            if episode is not None:
-                return episode
-        raise _unknown(request)
+        episode = await self._look_up(caller, self.writer.find, request) if self.writer.is_on else None
+        if episode is None:
+            raise _unknown(request)
+        return episode
+
+    async def _look_up(
+        self, caller: Caller, find: Callable[[str], Awaitable[_Owned | None]], request: str
+    ) -> _Owned | None:
+        """Return what `find` finds of a request that the caller may see, or None.
+
+        If the store is shared, another process may have served the request and not written it yet, so this waits for
+        it. A request of another tenant takes as long as one that does not exist.
+        """
+        deadline = time.monotonic() + (ELSEWHERE_S if self._is_shared else 0)
+        while True:
+            owned = await find(request)
+            if owned is not None and not caller.may_see(owned.tenant):
+                owned = await find(NO_REQUEST)
+            if owned is not None or time.monotonic() >= deadline:
+                return owned
+            await asyncio.sleep(LOOK_AGAIN_S)
 
     async def record_feedback(self, caller: Caller, feedback: FeedbackRequest) -> FeedbackReceipt:
         """Queue a client's feedback. Raises NotFound, also for other tenants' requests, TooMany or RecordsAway."""
         self._count_feedback(caller)
-        owner = await self.writer.owner(feedback.request)
-        if owner is not None and not caller.may_see(owner.tenant):
-            owner = await self.writer.owner(NO_REQUEST)
+        owner = await self._look_up(caller, self.writer.owner, feedback.request)
         if owner is None:
             raise _unknown(feedback.request)
         kind, value, satisfied = await self._rate(feedback)
         earliest = self._feedback_at + timedelta(microseconds=1)  # keeps the order if the clock is set back
         self._feedback_at = max(datetime.now(UTC), earliest)
-        created = self._feedback_at.isoformat(timespec="microseconds")
+        created = stored_time(self._feedback_at)
         record = Feedback(uuid4().hex, feedback.request, kind, json.dumps(value), created, owner.tenant)
         kept = self.writer.put(feedback.request, lambda: record, hurry=True)
         await asyncio.wait({kept}, timeout=ACKNOWLEDGE_S)
@@ -196,7 +228,7 @@ def _unknown(request: str) -> NotFound:
 def _episode(
     plan: Plan,
     runner: ControllerRunner,
-    environment: LiveEnvironment,
+    environment: EpisodeEnvironment,
     state: State,
     reply: Reply | None,
     stop: str,
@@ -204,8 +236,9 @@ def _episode(
 ) -> Callable[[], ServedEpisode]:
     """Return a function that builds the record of an episode. It can run in a thread later, because it uses copies."""
     seconds = round(time.monotonic() - plan.started, 6)
-    created = datetime.now(UTC).isoformat(timespec="microseconds")
+    created = utc_now()
     answers = [environment.labels.written(label) for label in range(len(environment.labels))]
+    classes = dict(environment.labels.classes) if isinstance(environment, ReplyEnvironment) else {}
     rounds = tuple(runner.rounds)
     about = EpisodeDetails(
         beta_source=plan.beta.source_text,
@@ -223,6 +256,19 @@ def _episode(
         streamed=plan.streamed,
         votable=environment.votable,
     )
+    if plan.reply is not None:
+        about["branch"] = "reply"
+        about["selected_by"] = None if reply is None else reply.tts["selected_by"]
+    if plan.signals:
+        about["signals"] = sorted(plan.signals)
+    if runner.fallback is not None or runner.escalated_at is not None:
+        about["baseline"] = BASELINE
+    if plan.agreement_rule is not None:
+        about["min_agreement"] = plan.agreement_rule.minimum
+        if reply is not None:
+            about["flagged"] = reply.tts["flagged"]
+    if runner.escalated_at is not None and runner.escalated_beta is not None:
+        about |= {"escalated_at": runner.escalated_at, "escalated_beta": runner.escalated_beta}
     if environment.cutoff is not None:
         about["refused"] = environment.cutoff
     if client_id := logs.client_request_id.get():
@@ -231,10 +277,17 @@ def _episode(
         about["text"] = plan.provenance.text
         about["reply"] = None if reply is None else reply.message.content
     ledger = {"aborted": environment.meter.billed} if reply is None else dict(reply.tokens)
-    branches, answer = len(environment.branches), state.answer
+    branches = len(environment.branches)
+    answer = state.answer if plan.reply is None or plan.reply.has_votes else None
+    if answer in classes:
+        about["vote_class"] = classes[answer]
+        if reply is not None and reply.label in classes and reply.label != answer:
+            about["reply_class"] = classes[reply.label]
 
     def make() -> ServedEpisode:
-        written = [redacted(answer) for answer in answers] if text is StoreText.NONE else answers
+        written = answers
+        if text is StoreText.NONE:
+            written = [classes.get(label) or redacted(answer) for label, answer in enumerate(answers)]
         about["answers"] = written
         return ServedEpisode(
             id=plan.request_id,

@@ -11,12 +11,12 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any, Final
 
 from discovery.data.recordings import RecordedQuestion
 from discovery.errors import StoreError, UnstorableValue
-from discovery.store import Store, StoreItem
+from discovery.store import Store, StoreItem, StorePlace
+from discovery.store.records import stored_time
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class StoreConnection:
 
     def __init__(
         self,
-        path: Path,
+        place: StorePlace,
         retain: timedelta | None,
         report: Callable[[str], None],
         on_change: Callable[[bool], None],
@@ -52,7 +52,7 @@ class StoreConnection:
         self.store: Store | None = None  # None while the store cannot be used
         self.tried = asyncio.Event()  # set when the first attempt to open the store has ended
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._path = path
+        self._place = place
         self._retain = retain
         self._report = report
         self._on_change = on_change
@@ -68,7 +68,7 @@ class StoreConnection:
         """Keep the store open until `close` is called."""
         while not self.closed.done():
             try:
-                async with Store.open(self._path, create=True, wait_ms=BUSY_TIMEOUT_MS) as store:
+                async with Store.open(self._place, create=True, wait_ms=BUSY_TIMEOUT_MS) as store:
                     if self.closed.done():  # closed while it was being opened
                         return
                     self._failed.clear()
@@ -105,7 +105,7 @@ class StoreConnection:
         if not task.done():
             self._slow = task
             task.add_done_callback(self._end_slow)
-            self._fail(f"{self._path}: a transaction takes longer than {TRANSACTION_TIMEOUT_S:g} s")
+            self._fail(f"{self._place}: a transaction takes longer than {TRANSACTION_TIMEOUT_S:g} s")
             return None
         try:
             dropped = set(map(id, task.result()))
@@ -115,7 +115,7 @@ class StoreConnection:
                 return None
             return await self._write_each(items, outcome, error)  # at least one item cannot be stored
         if store.is_moved:
-            self._fail(f"{self._path}: the store has been moved or removed")
+            self._fail(f"{self._place}: the store has been moved or removed")
             return None
         return [DROPPED if id(item) in dropped else outcome for item in items]
 
@@ -132,14 +132,15 @@ class StoreConnection:
         return outcomes
 
     async def _maintain(self, store: Store) -> None:
-        """Remove expired records every EXPIRY_S seconds. Return when the store fails."""
+        """Remove expired records and sum the usage every EXPIRY_S seconds. Return when the store fails."""
         while not self._failed.is_set():
             self._on_change(True)
             if self._retain is not None:
-                before = (datetime.now(UTC) - self._retain).isoformat(timespec="microseconds")
-                await store.expire(before)
+                await store.expire(stored_time(datetime.now(UTC) - self._retain))
+            await store.sum_usage()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._failed.wait(), EXPIRY_S)
+                async with asyncio.timeout(EXPIRY_S):
+                    await self._failed.wait()
 
     def _fail(self, reason: str) -> None:
         """Mark the store as failed, so that `run` closes and reopens it."""

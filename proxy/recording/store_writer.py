@@ -17,11 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from itertools import islice
+from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
 from discovery.data.atomic_files import is_readable_by_others
 from discovery.errors import StoreError
-from discovery.store import ServedEpisode, StoreItem
+from discovery.store import ServedEpisode, Store, StoreItem
 from proxy.errors import RecordsAway
 from proxy.recording import store_connection
 from proxy.recording.record_conversion import QueuedRecord, convert_all, decode_line, encode_line, make_item
@@ -63,21 +64,22 @@ FILE: Final = "the spill file is unavailable"
 
 
 class RequestOwner(NamedTuple):
-    """The tenant of a request, and the controller that served it."""
+    """The tenant of a request, and the controller that served it on a model."""
 
     tenant: str
     stage: str | None  # rollout stage; None if the request named its controller
     digest: str  # of the controller
+    model: str
 
 
 class StoreWriter:
     """Writes the records of one proxy."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self.path = settings.store
+        self.place = settings.store
         self.spill: SpillFiles | None = None
-        if self.path is not None:
-            self.spill = SpillFiles(settings.spill or default_path(self.path), settings.spill_bytes)
+        if self.place is not None:
+            self.spill = SpillFiles(settings.spill or default_path(self.place), settings.spill_bytes)
         self.metrics = metrics
         metrics.recorder_queue_limit.set(settings.recorder_queue if self.is_on else 0)
         self.lost = 0
@@ -99,7 +101,12 @@ class StoreWriter:
     @property
     def is_on(self) -> bool:
         """Whether requests are recorded."""
-        return self.path is not None
+        return self.place is not None
+
+    @property
+    def store(self) -> Store | None:
+        """The open store; None while it is unavailable."""
+        return None if self._connection is None else self._connection.store
 
     @property
     def waiting(self) -> int:
@@ -118,7 +125,7 @@ class StoreWriter:
     def as_json(self) -> dict[str, object]:
         """Return the state for `/ready`."""
         return {
-            "store": "off" if self.path is None else "up" if self._is_store_up else "away",
+            "store": "off" if self.place is None else "up" if self._is_store_up else "away",
             "queue": self.waiting,
             "spill_bytes": 0 if self.spill is None else self.spill.size,
             "lost": self.lost,
@@ -126,16 +133,19 @@ class StoreWriter:
 
     async def open(self) -> None:
         """Start writing, whether or not the store can be opened."""
-        if self.path is None:
+        place = self.place
+        if place is None:
             return
-        logger.info("recording to %s (text: %s)", self.path.absolute(), self._store_text)
-        if self._store_text is not StoreText.NONE and is_readable_by_others(self.path):
-            logger.warning("%s: other users can read the store, which holds request texts; run `chmod 600`", self.path)
+        shown = place.absolute() if isinstance(place, Path) else place
+        logger.info("recording to %s (text: %s)", shown, self._store_text)
+        has_text = self._store_text is not StoreText.NONE
+        if isinstance(place, Path) and has_text and is_readable_by_others(place):
+            logger.warning("%s: other users can read the store, which holds request texts; run `chmod 600`", place)
 
         def report(problem: str) -> None:
             self._report(STORE, problem)
 
-        connection = self._connection = StoreConnection(self.path, self._retain, report, self._on_store_change)
+        connection = self._connection = StoreConnection(place, self._retain, report, self._on_store_change)
         self._work.set()
         self._tasks = [asyncio.create_task(connection.run()), asyncio.create_task(self._write(connection))]
 
@@ -198,7 +208,8 @@ class StoreWriter:
         connection = self._connection
         if connection is not None and not connection.tried.is_set():
             with suppress(TimeoutError):
-                await asyncio.wait_for(connection.tried.wait(), FIRST_OPEN_S)
+                async with asyncio.timeout(FIRST_OPEN_S):
+                    await connection.tried.wait()
         store = None if connection is None else connection.store
         if store is None:
             raise RecordsAway("the store is unavailable; retry later", code="store_away")
@@ -215,7 +226,7 @@ class StoreWriter:
         """Return the owner of a request, or None if it is unknown. Raises RecordsAway."""
         owner = self._owners.get(request)
         if owner is None and self.is_on and (episode := await self.find(request)) is not None:
-            owner = RequestOwner(episode.tenant, episode.about.get("stage"), episode.digest)
+            owner = RequestOwner(episode.tenant, episode.about.get("stage"), episode.digest, episode.model)
         return owner
 
     def _settle(self, outcome: str, record: QueuedRecord | None = None) -> None:
@@ -238,12 +249,14 @@ class StoreWriter:
     async def _write(self, connection: StoreConnection) -> None:
         """Write queued records until the connection is closed and the queue is empty or cannot be written."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(connection.tried.wait(), store_connection.TRANSACTION_TIMEOUT_S)
+            async with asyncio.timeout(store_connection.TRANSACTION_TIMEOUT_S):
+                await connection.tried.wait()
         while self._queue or not self._is_closing:
             await self._work.wait()
             self._work.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._hurry.wait(), LINGER_S)
+                async with asyncio.timeout(LINGER_S):
+                    await self._hurry.wait()
             self._hurry.clear()
             while self._look_for_files or self._queue or self._can_recover:
                 try:
@@ -349,4 +362,4 @@ class StoreWriter:
         self.metrics.store_up.set(self._is_store_up)
         if self._problems and self._is_store_up and not self.waiting and not spilled:
             self._problems.clear()
-            logger.info("%s: all waiting records are written", self.path)
+            logger.info("%s: all waiting records are written", self.place)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import blake2b
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from discovery.data.recordings import DEFAULT_TEMPERATURE, Version
@@ -24,7 +25,7 @@ from proxy.errors import UpstreamError, UpstreamRefused
 from proxy.settings import Settings
 from proxy.telemetry.metrics import Metrics
 from proxy.types import Plan
-from proxy.upstream.client import UpstreamClient
+from proxy.upstream.fleet.interface import Upstream
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class _StoreNotCreated(Exception):
 class TemplateDrift:
     """Fingerprints of the upstream's models, which are compared with the recordings in the store."""
 
-    def __init__(self, engine: UpstreamClient, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, engine: Upstream, settings: Settings, metrics: Metrics) -> None:
         self._engine = engine
         self._background = engine.for_background()
         self._settings = settings
@@ -83,6 +84,7 @@ class TemplateDrift:
         self._fingerprints: dict[str, ModelFingerprint] = {}  # by model
         self._checked_at: dict[str, float] = {}  # by model; times of the monotonic clock
         self._warned: set[ModelFingerprint] = set()
+        self.changes: dict[str, list[str]] = {}  # by model: how it differs from its latest recordings
         self._problem = ""  # latest problem that prevented a comparison
         self._failed = asyncio.Event()  # the upstream has failed since the last check
         self._task: asyncio.Task[None] | None = None
@@ -130,7 +132,7 @@ class TemplateDrift:
             await self._fingerprint(self._background, model)
         self._fingerprints = {model: self._fingerprints[model] for model in models}
 
-    async def _fingerprint(self, engine: UpstreamClient, model: str) -> None:
+    async def _fingerprint(self, engine: Upstream, model: str) -> None:
         now, settings = time.monotonic(), self._settings
         ids = await _rendered(engine, model)
         text = await engine.detokenise(model, ids) if ids else ""
@@ -144,10 +146,14 @@ class TemplateDrift:
         self._checked_at[model] = now
 
     async def _poll(self) -> None:
+        task = asyncio.current_task()
         while True:
             wait_s = POLL_S if await self._check() else RETRY_S
+            if task is not None and task.cancelling():  # an error of the interrupted check took its place
+                return
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._failed.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._failed.wait()
                 await asyncio.sleep(RETRY_S)  # failures come in groups, and a restart takes time
             self._failed.clear()
 
@@ -168,16 +174,17 @@ class TemplateDrift:
 
     async def _compare(self) -> None:
         """Warn about models whose latest recordings were made with other settings. Raises StoreError."""
-        path = self._settings.store
-        if path is None:
+        place = self._settings.store
+        if place is None:
             return
-        if not path.exists() or not path.stat().st_size:
-            if path.parent.is_dir():
+        if isinstance(place, Path) and (not place.exists() or not place.stat().st_size):
+            if place.parent.is_dir():
                 raise _StoreNotCreated
-            raise StoreError(f"{path}: folder {path.parent} does not exist")
-        async with Store.open(path) as store:
+            raise StoreError(f"{place}: folder {place.parent} does not exist")
+        async with Store.open(place) as store:
             for model, fingerprint in self._fingerprints.items():
                 changes = fingerprint.changes_since(await store.versions(model) or await self._of_others(store))
+                self.changes[model] = changes
                 self._metrics.recording_drift.labels(model).set(len(changes))
                 if changes and fingerprint not in self._warned:
                     self._warned.add(fingerprint)
@@ -192,7 +199,7 @@ class TemplateDrift:
         return [version for model in sorted(models) for version in await store.versions(model)]
 
 
-async def _rendered(engine: UpstreamClient, model: str) -> Sequence[int]:
+async def _rendered(engine: Upstream, model: str) -> Sequence[int]:
     """Return the ids of the longest end of the conversation that the template accepts. Empty if it accepts none."""
     for messages in (CONVERSATION, CONVERSATION[1:], CONVERSATION[-1:]):
         with suppress(UpstreamRefused):

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 from proxy.requests import field_table
 from proxy.requests.field_types import Messages, Name, Options, TokenCount
 from proxy.requests.generation_request import GenerationRequest, PassThroughReason
-from proxy.requests.messages import part_type, template_fields, with_reasoning
-
-_TOOL_ROLES: Final = ("tool", "function")
-"""Roles of messages that hold a tool's result."""
+from proxy.requests.messages import template_fields, why_not_tokens, with_reasoning
 
 
 class ChatRequest(GenerationRequest):
@@ -19,6 +16,7 @@ class ChatRequest(GenerationRequest):
 
     prompt_field: ClassVar[str] = "messages"
     unsupported_fields: ClassVar[Mapping[str, tuple[Any, ...]]] = field_table.CHAT
+    whole_reply_fields: ClassVar[Mapping[str, tuple[Any, ...]]] = field_table.WHOLE_REPLY
 
     messages: Messages
     max_tokens: TokenCount | None = None
@@ -47,12 +45,11 @@ class ChatRequest(GenerationRequest):
         reason = super().pass_through_reason()
         if reason is not None:
             return reason
-        if not self.messages:
-            return PassThroughReason(self.prompt_field, self.prompt_field)
-        for message in self.messages:
-            content = message.get("content")
-            if isinstance(content, list) and any(part_type(part) != "text" for part in content):
-                return PassThroughReason(field_table.MULTIMODAL, self.prompt_field)
-            if message.get("tool_calls") or message.get("function_call") or message.get("role") in _TOOL_ROLES:
-                return PassThroughReason(field_table.TOOLS, self.prompt_field)
-        return None
+        return None if self.messages else PassThroughReason(self.prompt_field, self.prompt_field)
+
+    def whole_reply_reason(self) -> PassThroughReason | None:
+        reason = super().whole_reply_reason()
+        if reason is not None:
+            return reason
+        rendered = why_not_tokens(self.messages)
+        return None if rendered is None else PassThroughReason(rendered, self.prompt_field)

@@ -29,7 +29,7 @@ _CLIENT_FIELDS: Final = """
     encoding_format dimensions embed_dtype endianness instruction normalize activation softmax use_activation
     text_1 text_2 data_1 data_2 query queries items top_n return_documents max_tokens_per_doc max_tokens_per_query
     tokens return_token_strs access_programs background_options image moderation prompt_cache_options
-    cache_salt system thinking
+    cache_salt system thinking stop_sequences output_config
 """
 FORWARDED: Final = frozenset(_CLIENT_FIELDS.split())
 """Fields that are forwarded to the upstream. A tenant's own `cache_salt` replaces the client's."""
@@ -59,47 +59,61 @@ ADMINS: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
 They need an admin key.
 """
 
-_EVERY_ENDPOINT: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+PRIORITY: Final = "priority"
+"""Field that goes with every call of a request that a controller serves."""
+_UNSERVED_OF_ADMINS: Final = {name: values for name, values in ADMINS.items() if name != PRIORITY}
+
+_EVERY_REPLY: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
     {
-        **ADMINS,
         "presence_penalty": (0,),
         "frequency_penalty": (0,),
         "response_format": ({"type": "text"},),
         "structured_outputs": (),
-        "guided_json": (),
-        "guided_regex": (),
-        "guided_choice": (),
-        "guided_grammar": (),
         "stop_token_ids": (),
         "include_stop_str_in_output": (False,),
         "skip_special_tokens": (True,),
     }
 )
-_TOOLS: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"tools": (), "tool_choice": ("none", "auto")})
-_COMPLETIONS: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+_COMPLETION_REPLY: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
     {
-        **_EVERY_ENDPOINT,
-        "n": (1,),
-        "echo": (False,),
-        "use_beam_search": (False,),
+        **_EVERY_REPLY,
         "min_tokens": (0,),
         "spaces_between_special_tokens": (True,),
-        "truncate_prompt_tokens": (),
-        "prompt_logprobs": (),
-        "logprob_token_ids": (),
         "allowed_token_ids": (),
         "bad_words": (),
         "thinking_token_budget": (-1,),
         "repetition_detection": (),
+    }
+)
+WHOLE_REPLY: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+    {**_COMPLETION_REPLY, "tools": (), "logprobs": (False,), "top_logprobs": (0,)}
+)
+"""Fields of a chat request that only the upstream can apply, to a whole reply, with the values that have no effect.
+
+A controller serves such a request with branches that are whole replies.
+"""
+TOOL_CHOICE: Final = "tool_choice"
+"""Field that is served with tools, and cannot be served without."""
+
+_GUIDED: Final = dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ())
+_TOOLS: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"tools": (), TOOL_CHOICE: ("none", "auto")})
+_COMPLETIONS: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+    {
+        **_UNSERVED_OF_ADMINS,
+        **_GUIDED,
+        "n": (1,),
+        "echo": (False,),
+        "use_beam_search": (False,),
+        "truncate_prompt_tokens": (),
+        "prompt_logprobs": (),
+        "logprob_token_ids": (),
         "return_token_ids": (False,),
     }
 )
 CHAT: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
     {
         **_COMPLETIONS,
-        **_TOOLS,
-        "logprobs": (False,),
-        "top_logprobs": (0,),
+        TOOL_CHOICE: _TOOLS[TOOL_CHOICE],
         "functions": (),
         "function_call": ("none", "auto"),
         "web_search_options": (),
@@ -117,6 +131,7 @@ CHAT: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
 TEXT: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
     {
         **_COMPLETIONS,
+        **_COMPLETION_REPLY,
         "logprobs": (),  # 0 requests them too
         "suffix": ("",),
         "best_of": (1,),
@@ -128,8 +143,10 @@ TEXT: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
 
 RESPONSES: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
     {
-        **_EVERY_ENDPOINT,
-        **_TOOLS,
+        **_UNSERVED_OF_ADMINS,
+        **_GUIDED,
+        "response_format": _EVERY_REPLY["response_format"],
+        TOOL_CHOICE: _TOOLS[TOOL_CHOICE],
         "top_logprobs": (0,),
         "background": (False,),
         "conversation": (),
@@ -139,6 +156,10 @@ RESPONSES: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
     }
 )
 """Fields of a Responses request that no controller can serve, each with the values that have no effect."""
+RESPONSES_WHOLE_REPLY: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+    {**{name: values for name, values in _EVERY_REPLY.items() if name != "response_format"}, "tools": _TOOLS["tools"]}
+)
+"""Fields of a Responses request that only the upstream can apply, as in WHOLE_REPLY. vLLM ignores `response_format`."""
 
 STRUCTURED: Final = "structured_output"
 TOOLS: Final = "tools"
@@ -165,16 +186,20 @@ def first_effective_field(fields: Iterable[tuple[str, object]], table: Mapping[s
     return None
 
 
-def fields_to_drop(fields: Mapping[str, object], *, is_admin: bool) -> Collection[str]:
-    """Return the names of fields that are not forwarded.
+def fields_to_drop(fields: Mapping[str, object], *, is_admin: bool, may_prioritise: bool = False) -> Collection[str]:
+    """Return the names of fields that are not forwarded. `may_prioritise` says that the key allows `priority`.
 
     Raises Forbidden, naming the field, if it needs an admin key and its value has an effect.
     """
     if is_admin:
         return ()
+    if may_prioritise and PRIORITY in fields:
+        others = {name: value for name, value in fields.items() if name != PRIORITY}
+        return fields_to_drop(others, is_admin=False)
     name = first_effective_field(fields.items(), ADMINS)
     if name is not None:
-        raise Forbidden(f"{name} needs the admin key; leave it out or send that key", param=name, code="admin_only")
+        key = "a key with `priority = true`, or the admin key" if name == PRIORITY else "the admin key"
+        raise Forbidden(f"{name} needs {key}; leave it out or send that key", param=name, code="admin_only")
     return [name for name in fields if name not in FORWARDED and name not in ADMINS and name != "tts"]
 
 

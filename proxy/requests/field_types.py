@@ -43,9 +43,11 @@ def _none_if_unset(seed: int) -> int | None:
     return None if seed == -1 else seed
 
 
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)]
 PositiveInt32 = Annotated[int, Field(ge=1, le=2**31, strict=True)]
 TokenCount = Annotated[int, Field(ge=1, lt=2**63)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63), AfterValidator(_none_if_unset)]
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Seed = Annotated[Int64, AfterValidator(_none_if_unset)]
 Name = Annotated[str, Field(max_length=MAX_NAME), at_most(MAX_NAME, "characters")]
 TokenId = Annotated[str, Field(max_length=32), AfterValidator(lambda text: str(int(text)))]
 _Bias = Annotated[float, Field(allow_inf_nan=False)]

@@ -59,6 +59,14 @@ _JSON: Final = frozenset({"json", "guided_json", "structural_tag"})
 _GUIDED: Final = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_whitespace_pattern")
 _REPEATED: Final = re.compile(r"\{\s{0,9}(\d+)\s{0,9}(?:,\s{0,9}(\d+)?\s{0,9})?\}")
 _NUMBER: Final = re.compile(r"[+-]?[0-9]+")
+_CHECKED: Final = frozenset(
+    {
+        *(path.partition(".")[0] for path in _INTEGERS),
+        *("stop", *MAX_LIST),
+        *("structured_outputs", "response_format", "text", "tools", *_GUIDED),
+    }
+)
+"""Fields whose values are checked, whatever their type. Of all other fields only lists and objects are."""
 
 
 class _Value(NamedTuple):
@@ -71,6 +79,8 @@ class _Value(NamedTuple):
 
 def check(body: Mapping[str, Any]) -> None:
     """Raise BadRequest, naming the field, if vLLM would fail on the request."""
+    if not any(name in _CHECKED or (name not in _TEXTS and isinstance(body[name], dict | list)) for name in body):
+        return
     for name in _INTEGERS:
         _check_integer(body, name)
     for name, value in body.items():

@@ -1,30 +1,52 @@
 """Request fields of all generation endpoints, and the decision whether a controller can serve a request.
 
-Each endpoint has its own module: `chat_request.py`, `completion_request.py` and `responses_request.py`.
+Each endpoint has its own module: `chat_request.py`, `completion_request.py`,
+`responses_request.py` and `anthropic_request.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Final, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from discovery.answers import AUTO, AnswerKind, parse_kind
+from discovery.answers.code import MAX_EXAMPLES, as_arguments
 from discovery.errors import UnknownAnswerKind
+from proxy.errors import BadRequest
 from proxy.requests import field_table
 from proxy.requests.beta import EFFORTS
-from proxy.requests.field_types import MAX_OPTIONS, Biases, Name, PositiveInt32, Seed, Stops, at_most
+from proxy.requests.field_types import (
+    MAX_NAME,
+    MAX_OPTIONS,
+    Biases,
+    Int64,
+    Name,
+    PositiveInt32,
+    Seed,
+    Share,
+    Stops,
+    at_most,
+)
+from proxy.requests.reply_fields import CHAT_NAMES, FieldNames
+from proxy.types import Otherwise
 
 SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias")
 """Sampling fields whose effect on a branch does not depend on the number of calls that generate it."""
+_PRIORITY: Final = TypeAdapter(Int64)
+MAX_INPUT_CHARS: Final = 20_000
+"""Maximum number of characters of `tts.code.inputs`."""
+MAX_EXCLUDED: Final = 1024
+"""Maximum number of arguments in `tts.tools.exclude`."""
 
 
 class PassThroughReason(NamedTuple):
     """Reason why no controller can serve a request, so that it is forwarded to the upstream."""
 
     reason: str  # in responses: `structured_output`, `tools`, or the name of a field
-    field: str  # field of the request that causes it
+    field: str  # field of the request that causes it; empty if none does
+    remedy: str = ""  # what the client can do instead of leaving out the field
 
 
 def _parsed_kind(value: object) -> object:
@@ -36,12 +58,48 @@ def _parsed_kind(value: object) -> object:
         raise ValueError(str(error)) from None
 
 
+def _checked_inputs(inputs: list[list[Any]]) -> list[list[Any]]:
+    """Return `inputs` if all of them can be written as literals, and are not too long together."""
+    literals = [as_arguments(args) for args in inputs]
+    if None in literals:
+        raise ValueError(f"the arguments of call {literals.index(None)} cannot be written as literals of Python")
+    if (chars := sum(len(literal or "") for literal in literals)) > MAX_INPUT_CHARS:
+        raise ValueError(f"have {chars} characters together; at most {MAX_INPUT_CHARS} are accepted")
+    return inputs
+
+
+class ToolOptions(BaseModel):
+    """The object `tts.tools` of a request: how calls of tools are compared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    exclude: Annotated[  # arguments that are not compared: `ARGUMENT`, or `TOOL.ARGUMENT`
+        list[Name], Field(max_length=MAX_EXCLUDED), at_most(MAX_EXCLUDED, "arguments")
+    ] = []
+
+
+class CodeOptions(BaseModel):
+    """The object `tts.code` of a request: how functions in replies are called to compare them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    function: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=MAX_NAME)] | None = None
+    inputs: Annotated[  # lists of arguments, one for each call
+        list[list[Any]], Field(max_length=MAX_EXAMPLES), at_most(MAX_EXAMPLES, "calls"), AfterValidator(_checked_inputs)
+    ] = []
+
+    @property
+    def arguments(self) -> Sequence[str]:
+        """The inputs as literals."""
+        return [literal for args in self.inputs if (literal := as_arguments(args)) is not None]
+
+
 class TtsOptions(BaseModel):
     """The `tts` object of a request: options for the proxy itself."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    beta: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)] | None = None
+    beta: Share | None = None
     target_tokens: PositiveInt32 | None = None  # tokens to spend on average, converted to β; excludes `beta`
     controller: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     max_total_tokens: PositiveInt32 | None = None  # over all branches and probes
@@ -51,8 +109,16 @@ class TtsOptions(BaseModel):
         BeforeValidator(_parsed_kind, json_schema_input_type=str),
         Field(json_schema_extra={"default": str(AUTO)}),
     ] = AUTO
+    min_agreement: Share | None = None  # share of the votes that the answer should have; 0: no matter
+    otherwise: Otherwise | None = None  # what follows if it has less
+    escalate_beta: Share | None = None  # β up to which `escalate` spends
+    tools: ToolOptions | None = None
+    code: CodeOptions | None = None
     required: Annotated[bool, Field(strict=True)] | None = None  # refuse a request that no controller can serve
-    progress: Annotated[bool, Field(strict=True)] = False  # stream a line of progress per round, as reasoning
+    progress: Annotated[bool, Field(strict=True)] | Literal["rounds"] = (
+        False  # stream rounds: as reasoning, or as objects
+    )
+    signals: Annotated[bool, Field(strict=True)] = False  # record signals of confidence too; for `everything` only
 
 
 def _default_if_null(value: object) -> object:
@@ -78,6 +144,8 @@ class GenerationRequest(BaseModel):
     prompt_field: ClassVar[str]  # name of the field that holds the prompt
     effort_field: ClassVar[str] = "reasoning_effort"  # name of the field that holds the reasoning effort
     unsupported_fields: ClassVar[Mapping[str, tuple[Any, ...]]]  # no controller serves them: see `field_table.CHAT`
+    whole_reply_fields: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # see `field_table.WHOLE_REPLY`
+    reply_field_names: ClassVar[FieldNames] = CHAT_NAMES  # of tools and formats, for messages of errors
 
     model: Name | None = None  # an empty name counts as none
     stream: bool | None = False
@@ -151,9 +219,34 @@ class GenerationRequest(BaseModel):
         """Additional fields for the chat template."""
         return {}
 
+    @property
+    def priority(self) -> int:
+        """The priority at the upstream, where lower is served earlier. Raises BadRequest if it is no 64-bit integer."""
+        value = (self.model_extra or {}).get(field_table.PRIORITY)
+        try:
+            return 0 if value is None else _PRIORITY.validate_python(value)
+        except ValidationError:
+            message = "must be an integer of 64 bits, such as -5; requests with a lower one are served earlier"
+            raise BadRequest(f"{field_table.PRIORITY}: {message}", param=field_table.PRIORITY) from None
+
+    def chat_body(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the fields of the chat completion that stands for the request. `fields` are those of its body."""
+        return fields
+
     def pass_through_reason(self) -> PassThroughReason | None:
         """Return why no controller can serve the request; None if one can."""
-        name = field_table.first_effective_field((self.model_extra or {}).items(), self.unsupported_fields)
+        fields = self.model_extra or {}
+        name = field_table.first_effective_field(fields.items(), self.unsupported_fields)
+        if name == field_table.TOOL_CHOICE and self.whole_reply_fields and fields.get("tools"):
+            others = {field: value for field, value in self.unsupported_fields.items() if field != name}
+            name = field_table.first_effective_field(fields.items(), others)
         if name is None and not (self.effort is None or self.effort in EFFORTS):
             name = self.effort_field
+        return None if name is None else PassThroughReason(field_table.REASONS.get(name, name), name)
+
+    def whole_reply_reason(self) -> PassThroughReason | None:
+        """Return why branches must be whole replies of the upstream; None if they can be generated by token ids."""
+        name = field_table.first_effective_field((self.model_extra or {}).items(), self.whole_reply_fields)
+        if name is None and self.whole_reply_fields and self.tts.answer.is_judged:
+            name = "tts.answer"
         return None if name is None else PassThroughReason(field_table.REASONS.get(name, name), name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ValidationError
@@ -11,12 +12,14 @@ from discovery.errors import unknown_field
 from proxy.errors import BadRequest, clipped
 from proxy.requests import field_values, strict_json
 from proxy.requests.feedback_request import FeedbackRequest
-from proxy.requests.generation_request import TtsOptions
+from proxy.requests.generation_request import CodeOptions, ToolOptions, TtsOptions
 
 M = TypeVar("M", bound=BaseModel)
 
 _MAX_SHOWN: Final = 80
 """Maximum number of characters of a key that an error message quotes."""
+_TTS_OBJECTS: Final[Mapping[str, type[BaseModel]]] = MappingProxyType({"tools": ToolOptions, "code": CodeOptions})
+"""Objects within `tts`."""
 
 
 def parse_request(model: type[M], raw: bytes) -> M:
@@ -48,6 +51,8 @@ def _validate(model: type[M], body: dict[str, Any]) -> M:
 def _unknown_field_message(model: type[BaseModel], loc: Sequence[int | str]) -> str:
     """Return a message about the unknown field at `loc`: the nearest known field, and all of them."""
     owner = TtsOptions if loc[0] == "tts" and len(loc) > 1 else model
+    if loc[0] == "tts" and len(loc) > 2:
+        owner = _TTS_OBJECTS.get(str(loc[1]), owner)
     names: list[str] = []
     for name, field in owner.model_fields.items():
         alias = field.validation_alias

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Final
 
@@ -11,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from proxy.requests import field_table
 from proxy.requests.field_types import MAX_MESSAGES, MAX_OPTIONS, Name, Options, TokenCount, at_most
 from proxy.requests.generation_request import GenerationRequest, PassThroughReason
-from proxy.requests.messages import messages_of, template_fields, why_not_text
+from proxy.requests.messages import messages_of, template_fields, why_no_messages, why_not_tokens
+from proxy.requests.reply_fields import RESPONSES_NAMES, FieldNames
+from proxy.requests.responses_chat import FORMATS, chat_fields, is_hosted
 
 _TEXT_FORMAT: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"format": ({"type": "text"},)})
 """Members of `text` that change a reply, with the values that have no effect. vLLM ignores `verbosity`."""
@@ -34,11 +37,13 @@ class Reasoning(BaseModel):
 
 
 class ResponsesRequest(GenerationRequest):
-    """A Responses request. A controller can serve it if its `input` is a text or messages of text."""
+    """A Responses request. A controller can serve it if its `input` can be converted to chat messages."""
 
     prompt_field: ClassVar[str] = "input"
     effort_field: ClassVar[str] = "reasoning"
     unsupported_fields: ClassVar[Mapping[str, tuple[Any, ...]]] = field_table.RESPONSES
+    whole_reply_fields: ClassVar[Mapping[str, tuple[Any, ...]]] = field_table.RESPONSES_WHOLE_REPLY
+    reply_field_names: ClassVar[FieldNames] = RESPONSES_NAMES
 
     input: Annotated[Any, at_most(MAX_MESSAGES, "items")] = None
     instructions: str | None = None
@@ -71,9 +76,9 @@ class ResponsesRequest(GenerationRequest):
     def truncates(self) -> bool:
         return self.truncation == "auto"
 
-    @property
+    @cached_property
     def _messages(self) -> list[dict[str, Any]] | None:
-        """The input as chat messages; None unless they are text only and the last one is complete."""
+        """The input as chat messages; None unless each item has a counterpart and the last one is complete."""
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
         return messages_of(self.input) if isinstance(self.input, list) else None
@@ -82,13 +87,42 @@ class ResponsesRequest(GenerationRequest):
         reason = super().pass_through_reason()
         if reason is not None:
             return reason
-        if field_table.first_effective_field((self.text or {}).items(), _TEXT_FORMAT) is not None:
+        if self._constrains_text and self._text_format_type not in FORMATS:
             return PassThroughReason(field_table.STRUCTURED, "text")
+        fields = self.model_extra or {}
+        tools, choice = fields.get("tools"), fields.get(field_table.TOOL_CHOICE)
+        if isinstance(tools, list) and any(map(is_hosted, tools)):
+            return PassThroughReason(field_table.TOOLS, "tools")
+        if is_hosted(choice):  # it names a tool of the server
+            return PassThroughReason(field_table.TOOLS, field_table.TOOL_CHOICE)
         if not set(self.include or ()) <= _IGNORED_INCLUDES:
             return PassThroughReason("include", "include")
         if self.truncation not in (None, "disabled", "auto"):
             return PassThroughReason("truncation", "truncation")
-        if self._messages is not None:
-            return None
-        items = self.input if isinstance(self.input, list) else []
-        return PassThroughReason(why_not_text(items) or self.prompt_field, self.prompt_field)
+        if self._messages is None:
+            items = self.input if isinstance(self.input, list) else []
+            return PassThroughReason(why_no_messages(items) or self.prompt_field, self.prompt_field)
+        if self.truncates and self.whole_reply_reason() is not None:  # only a Responses request can be shortened
+            return PassThroughReason("truncation", "truncation")
+        return None
+
+    def whole_reply_reason(self) -> PassThroughReason | None:
+        reason = super().whole_reply_reason()
+        if reason is not None:
+            return reason
+        if self._constrains_text:
+            return PassThroughReason(field_table.STRUCTURED, "text")
+        rendered = why_not_tokens(self._messages or [])
+        return None if rendered is None else PassThroughReason(rendered, self.prompt_field)
+
+    def chat_body(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**chat_fields(fields), "messages": self.conversation}
+
+    @property
+    def _constrains_text(self) -> bool:
+        return field_table.first_effective_field((self.text or {}).items(), _TEXT_FORMAT) is not None
+
+    @property
+    def _text_format_type(self) -> object:
+        written = (self.text or {}).get("format")
+        return written.get("type") if isinstance(written, dict) else None

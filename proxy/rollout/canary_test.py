@@ -2,10 +2,10 @@
 
 A **metric** is a number per request, of which less is better: its tokens, whether its controller failed, whether it
 ended without an answer, or whether its client was dissatisfied. Requests are paired as they end: each canary request
-with the latest unpaired champion request. The request id decides at random which controller serves, so under the null
-hypothesis
+with the latest unpaired champion request on the same model, because models differ more than controllers do. The request
+id decides at random which controller serves, so under the null hypothesis
 
-    H0   the canary's mean is at most the champion's mean plus a margin
+    H0   on every model, the canary's mean is at most the champion's mean plus a margin
 
 the difference d of a pair has a mean of at most 0, whatever happened before. The difference is canary minus champion
 minus margin, in a unit fixed in advance, clipped to [-1, 1]. A gambler starts with wealth 1 and stakes the fraction λ
@@ -67,29 +67,28 @@ class CanaryFailure(NamedTuple):
 
 
 class CanaryTest:
-    """The test of one canary against one champion."""
+    """The test of one canary against one champion, on every model that they serve."""
 
     def __init__(self, alpha: float = ALPHA) -> None:
         self.limit = len(CanaryMetric) / alpha  # e-value that rolls the canary back
         self._tests = {metric: _PairedTest(MARGINS[metric]) for metric in CanaryMetric}
-        self._champion_tokens = 0
-        self._champion_requests = 0
-        self._unit = 0.0  # tokens that count as 1, fixed before either request of a pair is seen; 0 if not fixed yet
+        self._units: dict[str, _TokenUnit] = {}  # by model
 
-    def observe(self, stage: RolloutStage, outcome: EpisodeOutcome) -> CanaryFailure | None:
+    def observe(self, stage: RolloutStage, outcome: EpisodeOutcome, model: str) -> CanaryFailure | None:
         """Record a request. Return the evidence if the canary has to be rolled back."""
-        for metric, value in self._values(outcome).items():
-            self._tests[metric].observe(stage, value)
+        unit = self._units.setdefault(model, _TokenUnit())
+        for metric, value in _values(outcome, unit).items():
+            self._tests[metric].observe(stage, value, model)
         if stage is RolloutStage.CHAMPION:
-            self._champion_tokens += outcome.tokens
-            self._champion_requests += 1
-        if self._champion_requests and not self._tests[CanaryMetric.TOKENS].unpaired:
-            self._unit = max(1.0, TOKEN_UNIT * self._champion_tokens / self._champion_requests)
+            unit.champion_tokens += outcome.tokens
+            unit.champion_requests += 1
+        if unit.champion_requests and not self._tests[CanaryMetric.TOKENS].is_waiting(model):
+            unit.tokens = max(1.0, TOKEN_UNIT * unit.champion_tokens / unit.champion_requests)
         return self.failure
 
-    def record_feedback(self, stage: RolloutStage, satisfied: bool) -> CanaryFailure | None:
+    def record_feedback(self, stage: RolloutStage, satisfied: bool, model: str) -> CanaryFailure | None:
         """Record feedback on an ended request. Return the evidence if the canary has to be rolled back."""
-        self._tests[CanaryMetric.FEEDBACK].observe(stage, float(not satisfied))
+        self._tests[CanaryMetric.FEEDBACK].observe(stage, float(not satisfied), model)
         return self.failure
 
     @property
@@ -99,15 +98,25 @@ class CanaryTest:
         test = self._tests[worst]
         return CanaryFailure(worst, test.e_value, test.pairs) if test.e_value >= self.limit else None
 
-    def _values(self, outcome: EpisodeOutcome) -> dict[CanaryMetric, float]:
-        """Return an outcome as numbers of which less is better."""
-        values = {
-            CanaryMetric.FAILURES: float(outcome.failed),
-            CanaryMetric.UNANSWERED: float(not outcome.answered),
-        }
-        if self._unit:
-            values[CanaryMetric.TOKENS] = outcome.tokens / self._unit
-        return values
+
+@dataclass(slots=True)
+class _TokenUnit:
+    """The tokens that count as 1 on a model."""
+
+    tokens: float = 0.0  # fixed before either request of a pair is seen; 0 if not fixed yet
+    champion_tokens: int = 0
+    champion_requests: int = 0
+
+
+def _values(outcome: EpisodeOutcome, unit: _TokenUnit) -> dict[CanaryMetric, float]:
+    """Return an outcome as numbers of which less is better."""
+    values = {
+        CanaryMetric.FAILURES: float(outcome.failed),
+        CanaryMetric.UNANSWERED: float(not outcome.answered),
+    }
+    if unit.tokens:
+        values[CanaryMetric.TOKENS] = outcome.tokens / unit.tokens
+    return values
 
 
 class BettingProcess:
@@ -130,10 +139,11 @@ class BettingProcess:
 
 
 class _PairedTest:
-    """The bets on one metric."""
+    """The bets on one metric. Both requests of a pair are on the same model; the wealth is that of all models."""
 
     def __init__(self, margin: float) -> None:
-        self.unpaired: dict[RolloutStage, float] = {}  # the latest value of a stage, until the other stage has one
+        self._unpaired: dict[str, dict[RolloutStage, float]] = {}
+        """By model, the latest value of a stage until the other stage has one."""
         self._margin = margin
         self._process = BettingProcess()
 
@@ -147,11 +157,14 @@ class _PairedTest:
         """The evidence against the canary."""
         return self._process.e_value
 
-    def observe(self, stage: RolloutStage, value: float) -> None:
-        """Record a request's value, and bet if the other stage has an unpaired one."""
-        self.unpaired[stage] = value
-        if len(self.unpaired) == 2:
-            self._process.settle(
-                self.unpaired[RolloutStage.CANARY] - self.unpaired[RolloutStage.CHAMPION] - self._margin
-            )
-            self.unpaired.clear()
+    def is_waiting(self, model: str) -> bool:
+        """Return whether a model has an unpaired value."""
+        return model in self._unpaired
+
+    def observe(self, stage: RolloutStage, value: float, model: str) -> None:
+        """Record a request's value, and bet if the other stage has an unpaired one on the same model."""
+        values = self._unpaired.setdefault(model, {})
+        values[stage] = value
+        if len(values) == 2:
+            self._process.settle(values[RolloutStage.CANARY] - values[RolloutStage.CHAMPION] - self._margin)
+            del self._unpaired[model]

@@ -1,4 +1,4 @@
-"""Choose the controller of each request, and remove controllers that fail, cost too much or do worse.
+"""Choose the controller of each request by its model, and remove controllers that fail, cost too much or do worse.
 
 A controller that fails three times in five minutes, or costs far more than its calibration, is quarantined. A canary
 that does worse than the champion is rolled back.
@@ -18,14 +18,18 @@ from controllers.builtin import BUILT_IN, find
 from controllers.loading import Spec, discovered, parse_spec
 from controllers.rollout_state import RolloutStage, RolloutState
 from controllers.sandbox.proof import SandboxLevel
+from controllers.signals import NO_SIGNALS, Signal
+from discovery.answers import AnswerKind, ExtractionMethod
 from discovery.evaluation.calibration import Calibrations
 from discovery.promotion.registry import ChangeCause, Registry
+from discovery.store import DatabaseUrl
 from proxy.rollout.canary_test import CanaryFailure, CanaryTest, EpisodeOutcome
 from proxy.rollout.cost_test import CostTest
 from proxy.rollout.failure_counter import QUARANTINED, FailureCounter, fallback_reason
+from proxy.rollout.registry_watch import RegistryWatch
 from proxy.rollout.sandboxes import Sandboxes
 from proxy.rollout.shadow import DecidedEpisode, compare_decisions
-from proxy.rollout.stages import RolloutStages, StageAssignment
+from proxy.rollout.stages import ModelAssignments, RolloutStages
 from proxy.rollout.timed_controller import timed
 from proxy.settings import Settings
 from proxy.telemetry.metrics import Metrics, controller_label
@@ -44,9 +48,19 @@ class ControllerManager:
 
     def __init__(self, settings: Settings, metrics: Metrics, calibrations: Calibrations = MappingProxyType({})) -> None:
         self.default = parse_spec(settings.controller)
-        self.stages = RolloutStages(
-            None if settings.registry is None else Registry(settings.registry), self.default, settings.registry_poll_s
+        self._for_replies = {
+            ExtractionMethod.TOOLS: parse_spec(settings.tools_controller),
+            ExtractionMethod.JSON: parse_spec(settings.json_controller),
+            ExtractionMethod.SELECT: parse_spec(settings.select_controller),
+        }
+        self._for_other_replies = parse_spec(settings.reply_controller)
+        place, poll_s = settings.registry_place, settings.registry_poll_s
+        self.stages = RolloutStages(None if place is None else Registry(place), self.default, poll_s)
+        self._watch = (
+            RegistryWatch(place, self.stages, poll_s, self._follow_stages) if isinstance(place, DatabaseUrl) else None
         )
+        metrics.registry_version.set_function(lambda: self.stages.current.version)
+        metrics.registry_unreadable.set_function(lambda: bool(self.stages.problem))
         self.sandboxes = Sandboxes(
             metrics, decision_s=settings.decision_s, allow_unsandboxed=settings.allow_unsandboxed
         )
@@ -56,22 +70,46 @@ class ControllerManager:
         self._pool_size = settings.sandbox_pool
         self._failures = FailureCounter()
         self._assigned = self.stages.current  # as of the last call of _follow_stages
-        self._canary_test = CanaryTest()
+        self._canary_tests: dict[str | None, CanaryTest] = {}  # by the model the canary is set for; None: the default
         self._cost_test = CostTest(calibrations)
         self._shadow_tasks: set[asyncio.Task[None]] = set()
         self._registry_tasks: set[asyncio.Task[None]] = set()
 
-    async def choose(self, name: str | None, request_id: str) -> ChosenController:
+    async def choose(self, name: str | None, request_id: str, model: str) -> ChosenController:
         """Return the controller of a request. `name` is the one that the request names. Raises UnknownController."""
         if await self.stages.refresh():
             self._follow_stages()
-        return self.stages.current.choose(request_id) if name is None else ChosenController(self.find(name), None)
+        if name is None:
+            return self.stages.current.of(model).choose(request_id)
+        return ChosenController(self.find(name, model), None)
 
-    def find(self, name: str) -> Spec:
-        """Return the controller that a request names. Raises UnknownController."""
-        now = self.stages.current
-        staged = {spec.name: spec for spec in (self.default, now.canary, now.champion) if spec is not None}
-        known = {**self._shipped, **staged}
+    async def choose_for_replies(self, name: str | None, kind: AnswerKind, model: str) -> ChosenController:
+        """Return the controller of a request whose branches are whole replies, which has no probes.
+
+        The named controller serves, unless it probes. Otherwise the controller serves that the settings have for this
+        kind of request. Raises UnknownController.
+        """
+        if await self.stages.refresh():
+            self._follow_stages()
+        default = self._for_replies.get(kind.method, self._for_other_replies)
+        spec = default if name is None else self.find(name, model)
+        return ChosenController(default if spec.needs_probes else spec, None)
+
+    def champion(self, model: str) -> Spec:
+        """Return the champion of a model."""
+        return self.stages.current.of(model).champion
+
+    def find(self, name: str, model: str) -> Spec:
+        """Return the controller that a request names. The model's own controllers come first if several have the name.
+
+        Raises UnknownController.
+        """
+        assignments = (*reversed(list(self.stages.current)), self.stages.current.of(model))
+        staged = [
+            self.default,
+            *(spec for now in assignments for spec in (now.canary, now.champion) if spec is not None),
+        ]
+        known = {**self._shipped, **{spec.name: spec for spec in staged}}
         if name in known:
             return known[name]
         try:
@@ -83,14 +121,31 @@ class ControllerManager:
             raise UnknownController(", ".join([str(error), *foreign])) from None
         return Spec(name)
 
+    def signals_for(self, choice: ChosenController, model: str) -> frozenset[Signal]:
+        """Return the signals that an episode needs: those of its controller, and of the shadow compared with it."""
+        shadow = self._comparable_shadow(model) if choice.stage is RolloutStage.CHAMPION else None
+        return choice.spec.signals | (NO_SIGNALS if shadow is None else shadow.signals)
+
+    def _comparable_shadow(self, model: str) -> Spec | None:
+        """Return the shadow of a model, if it may run; else None."""
+        spec = self.stages.current.of(model).shadow
+        if spec is None or spec.digest in self.quarantined or self.sandboxes.level is not SandboxLevel.SEALED:
+            return None
+        return spec
+
     async def open(self) -> None:
         """Check the sandbox, read the rollout stages, and start processes for the controllers in use."""
         await self.sandboxes.check()
         await self.stages.refresh()
         self._follow_stages()
+        if self._watch is not None:
+            await self._watch.start()
 
     async def close(self) -> None:
         """Write pending changes to the registry, then end every sandbox process."""
+        if self._watch is not None:
+            await self._watch.close()
+        self.stages.close()
         for task in self._shadow_tasks:
             task.cancel()
         await asyncio.gather(*self._shadow_tasks, *self._registry_tasks, return_exceptions=True)
@@ -108,18 +163,15 @@ class ControllerManager:
             )
             self._quarantine(spec, reason)
 
-    def record_episode(self, choice: ChosenController, outcome: EpisodeOutcome) -> None:
+    def record_episode(self, choice: ChosenController, model: str, outcome: EpisodeOutcome) -> None:
         """Record the outcome of an episode. Rolls the canary back once it has proved worse than the champion."""
-        spec, stage = choice
+        spec, stage, _ = choice
         if stage is None:
             return
-        self.metrics.stage_requests.labels(stage, controller_label(spec.name)).inc()
-        canary = self._assigned.canary
-        if canary is None or self._assigned.at(stage) != spec:  # no canary, or the stages changed meanwhile
-            return
-        failure = self._canary_test.observe(stage, outcome)
-        if failure is not None:
-            self._roll_back(canary, failure)
+        self.metrics.stage_requests.labels(model, stage, controller_label(spec.name)).inc()
+        test = self._canary_test(model, stage, spec.digest)
+        if test is not None and (failure := test.observe(stage, outcome, model)) is not None:
+            self._roll_back(model, failure)
 
     def record_cost(self, spec: Spec, model: str, tenant: str, beta: float, tokens: int, state: State) -> None:
         """Record the cost of an episode. Quarantines a controller from a file that costs far too much."""
@@ -136,19 +188,24 @@ class ControllerManager:
         if evidence.is_proven and spec.is_foreign:  # the operator has to replace a built-in controller
             self._quarantine(spec, str(evidence))
 
-    def record_feedback(self, stage: RolloutStage, digest: str, satisfied: bool) -> None:
+    def record_feedback(self, stage: RolloutStage, digest: str, model: str, satisfied: bool) -> None:
         """Record whether a client was satisfied. Rolls the canary back once it has proved worse than the champion."""
-        canary, decided = self._assigned.canary, self._assigned.at(stage)
-        if canary is None or decided is None or decided.digest != digest:
-            return
-        failure = self._canary_test.record_feedback(stage, satisfied)
-        if failure is not None:
-            self._roll_back(canary, failure)
+        test = self._canary_test(model, stage, digest)
+        if test is not None and (failure := test.record_feedback(stage, satisfied, model)) is not None:
+            self._roll_back(model, failure)
 
-    def compare_shadow(self, episode: DecidedEpisode) -> None:
+    def _canary_test(self, model: str, stage: RolloutStage, digest: str) -> CanaryTest | None:
+        """Return the test of the canary that serves a model; None without a canary, or if the stages have changed."""
+        assigned = self._assigned.of(model)
+        decided = assigned.at(stage)
+        if assigned.canary is None or decided is None or decided.digest != digest:
+            return None
+        return self._canary_tests.get(assigned.owner(RolloutStage.CANARY))
+
+    def compare_shadow(self, model: str, episode: DecidedEpisode) -> None:
         """Compare the shadow's decisions with the champion's in an ended episode, off the request path."""
-        spec = self.stages.current.shadow
-        if spec is None or spec.digest in self.quarantined or self.sandboxes.level is not SandboxLevel.SEALED:
+        spec = self._comparable_shadow(model)
+        if spec is None:
             return
         if len(self._shadow_tasks) >= SHADOWS:
             self.metrics.shadow_agreement.labels(spec.name, "skipped").inc()
@@ -162,6 +219,7 @@ class ControllerManager:
             async with self.sandboxes.controller(spec, episode.beta) as controller:
                 await compare_decisions(
                     timed(controller, seconds),
+                    spec.signals,
                     episode,
                     lambda agreed: agreement.labels(spec.name, str(agreed).lower()).inc(),
                 )
@@ -182,53 +240,72 @@ class ControllerManager:
         self.metrics.quarantined.labels(spec.name).set(1)
         self.sandboxes.stop(spec.digest, STOPPED)
         now = self.stages.current
-        if self.stages.registry is None or spec.digest not in {staged.digest for staged in _foreign(now)}:
+        staged = {each.digest for each in _foreign(now)} | now.installed
+        if self.stages.registry is None or spec.digest not in staged:
             return
-        if now.canary is not None and now.canary.digest == spec.digest:
-            self.metrics.rollbacks.labels(QUARANTINED).inc()
+        for canary, _ in now.canaries.values():
+            if canary.digest == spec.digest:
+                self.metrics.rollbacks.labels(QUARANTINED).inc()
         cause = ChangeCause("proxy", reason, datetime.now(UTC))
         self._change(now.quarantine(spec.digest), lambda registry: registry.quarantine(spec.digest, cause))
 
-    def _roll_back(self, canary: Spec, failure: CanaryFailure) -> None:
+    def _roll_back(self, model: str, failure: CanaryFailure) -> None:
+        """Roll back the canary that serves a model, for all models that it is set for."""
+        assigned = self._assigned.of(model)
+        owner = assigned.owner(RolloutStage.CANARY)
+        canary, champion = self._assigned.canaries[owner]
         self.metrics.rollbacks.labels(failure.metric).inc()
         reason = f"{failure.metric}: e-value {failure.e_value:.0f} after {failure.pairs} pairs"
         logger.error(
-            "canary %s (%s) is rolled back: %s; %s serves all requests",
-            *(canary.name, canary.digest[:12], reason, self._assigned.champion.name),
+            "canary %s (%s) is rolled back: %s; %s serves all requests%s",
+            *(canary.name, canary.digest[:12], reason, champion.name, "" if owner is None else f" for model {owner}"),
         )
         cause = ChangeCause("watcher", reason, datetime.now(UTC))
-        without = self.stages.current.without(canary.digest)
-        self._change(without, lambda registry: registry.drop_canary(canary.digest, cause))
+        without = self.stages.current.without_canary(owner)
+        self._change(without, lambda registry: registry.drop_canary(canary.digest, cause, owner))
 
-    def _change(self, assignment: StageAssignment, change: Callable[[Registry], RolloutState]) -> None:
-        """Apply an assignment here at once, and write it to the registry in the background."""
-        self.stages.current = assignment
+    def _change(self, assignments: ModelAssignments, change: Callable[[Registry], RolloutState]) -> None:
+        """Apply assignments here at once, and write them to the registry in the background."""
+        self.stages.current = assignments
         self._follow_stages()
         _start(self._registry_tasks, self.stages.change(change))
 
     def _follow_stages(self) -> None:
-        """Update quarantines, the canary test and the process pools to match the current stages."""
+        """Update quarantines, the canary tests and the process pools to match the current stages."""
         before, now = self._assigned, self.stages.current
         self._assigned = now
-        if (before.champion, before.canary) != (now.champion, now.canary):
-            self._canary_test = CanaryTest()
+        compared, tests = before.canaries, self._canary_tests
+        self._canary_tests = {
+            owner: tests[owner] if compared.get(owner) == pair else CanaryTest() for owner, pair in now.canaries.items()
+        }
         for digest in before.quarantined - now.quarantined:  # lifted by an operator
             self.quarantined.discard(digest)
             self._failures.forget(digest)
             self._cost_test.forget(digest)
         self.quarantined |= now.quarantined
         sizes = {spec.digest: self._pool_size for spec in _foreign(now)}
+        self._report_quarantined(now)
         for spec in _foreign(now):
-            self.metrics.quarantined.labels(spec.name).set(spec.digest in self.quarantined)
             self.sandboxes.pool(spec)
-        if now.shadow is not None:
-            sizes[now.shadow.digest] = min(SHADOWS, self._pool_size)
+        deciding = {spec.digest for each in now for spec in (each.champion, each.canary) if spec is not None}
+        for shadow in (each.shadow for each in now if each.shadow is not None):
+            if shadow.digest not in deciding:
+                sizes[shadow.digest] = min(SHADOWS, self._pool_size)
         self.sandboxes.resize(sizes, dict.fromkeys(self.quarantined, STOPPED))
 
+    def _report_quarantined(self, now: ModelAssignments) -> None:
+        """Set the metric of every installed controller. Files of several models may have the same name."""
+        staged = {spec for each in now for stage in RolloutStage if (spec := each.at(stage)) is not None}
+        installed = [spec for spec in staged if spec.is_foreign or spec.digest in now.installed]
+        failed = {spec.name for spec in installed if spec.digest in self.quarantined}
+        for spec in installed:
+            self.metrics.quarantined.labels(spec.name).set(spec.name in failed)
 
-def _foreign(assignment: StageAssignment) -> list[Spec]:
-    """Return the controllers at a stage that come from files."""
-    return [spec for stage in RolloutStage if (spec := assignment.at(stage)) is not None and spec.is_foreign]
+
+def _foreign(assignments: ModelAssignments) -> list[Spec]:
+    """Return the controllers from files at a stage of any model, each once."""
+    staged = (each.at(stage) for each in assignments for stage in RolloutStage)
+    return list(dict.fromkeys(spec for spec in staged if spec is not None and spec.is_foreign))
 
 
 def _start(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from controllers import Limits, Round, State
+from controllers import Limits, Round, Signal, State
+from proxy.rollout.declared_signals import hide_undeclared
 
 
 class DecidedEpisode(NamedTuple):
@@ -16,11 +17,14 @@ class DecidedEpisode(NamedTuple):
     rounds: Sequence[Round]
 
 
-async def compare_decisions(controller: Any, episode: DecidedEpisode, count: Callable[[bool], None]) -> None:
+async def compare_decisions(
+    controller: Any, declared: frozenset[Signal], episode: DecidedEpisode, count: Callable[[bool], None]
+) -> None:
     """Let a remote controller decide each round, and call `count` with whether its decision is the same.
 
-    The controller gets the facts of each round as if it had decided the round. The comparison stops at the first
-    different decision, because the facts of that decision are unknown. Raises ControllerError.
+    The controller gets the facts of each round, with its `declared` signals, as if it had decided the round. The
+    comparison stops at the first different decision, because the facts of that decision are unknown. Raises
+    ControllerError.
     """
     state = State(episode.limits)
     for actions, facts in episode.rounds:
@@ -30,4 +34,4 @@ async def compare_decisions(controller: Any, episode: DecidedEpisode, count: Cal
         count(agreed)
         if not agreed:
             return
-        state.apply(actions, facts)
+        state.apply(actions, hide_undeclared(facts, declared))

@@ -3,7 +3,7 @@
 Imported by every folder of the proxy above it. Imports spill paths, probe templates and errors.
 """
 
-from proxy.settings.model import LogForm, Settings, StoreText, is_secret
+from proxy.settings.model import AwayPolicy, LogForm, Settings, StoreText, is_secret
 from proxy.settings.sources import (
     DEFAULT,
     EMBEDDED,
@@ -15,19 +15,25 @@ from proxy.settings.sources import (
     find_file,
     load,
 )
+from proxy.settings.upstreams import MAX_REPLICAS, ReplicaAddress, Upstreams, parse_upstreams
 
 __all__ = [
     "DEFAULT",
     "EMBEDDED",
     "EMBEDDED_DEFAULT",
+    "MAX_REPLICAS",
     "PREFIX",
     "SERVED",
+    "AwayPolicy",
     "Configured",
     "LogForm",
+    "ReplicaAddress",
     "Settings",
     "StoreText",
+    "Upstreams",
     "configure",
     "find_file",
     "is_secret",
     "load",
+    "parse_upstreams",
 ]

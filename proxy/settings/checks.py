@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Final
 
 from controllers.builtin import is_admin_only
 from controllers.errors import ControllersError
@@ -11,28 +13,42 @@ from controllers.rollout_state import name_problem
 from discovery.data.atomic_files import DATABASE_FILES
 from proxy.errors import SettingsError
 from proxy.settings.model import Settings
+from proxy.settings.upstreams import parse_upstreams
 from proxy.spill_paths import candidate_paths, is_foreign
+
+REPLY_CONTROLLERS: Final = ("tools_controller", "json_controller", "select_controller", "reply_controller")
+"""Settings of controllers for requests whose branches are whole replies of the upstream."""
 
 
 def check_controller(settings: Settings) -> None:
-    """Raise SettingsError unless `controller` names a controller that clients may use."""
-    try:
-        spec = parse_spec(settings.controller)
-    except ControllersError as error:
-        raise SettingsError(f"controller: {error}") from None
-    if not spec.is_foreign and is_admin_only(spec.name):
-        raise SettingsError(f"controller: {spec.name} is for admins only; name another controller")
-    if spec.is_foreign and (problem := name_problem(spec.name)):
-        raise SettingsError(f"controller: {problem}")
+    """Raise SettingsError unless the settings of controllers name controllers that clients may use."""
+    for field in ("controller", *REPLY_CONTROLLERS):
+        try:
+            spec = parse_spec(getattr(settings, field))
+        except ControllersError as error:
+            raise SettingsError(f"{field}: {error}") from None
+        if not spec.is_foreign and is_admin_only(spec.name):
+            raise SettingsError(f"{field}: {spec.name} is for admins only; name another controller")
+        if spec.is_foreign and (problem := name_problem(spec.name)):
+            raise SettingsError(f"{field}: {problem}")
+        if field in REPLY_CONTROLLERS and spec.needs_probes:
+            raise SettingsError(f"{field}: {spec.name} probes, and such requests have no probes; name another one")
 
 
 def check_upstream(settings: Settings) -> None:
     """Raise SettingsError if two kinds of credentials are set for the upstream."""
-    has_user = settings.upstream is not None and (settings.upstream.username or settings.upstream.password)
-    if has_user and settings.upstream_api_key is not None:
+    if settings.upstream is None or settings.upstream_api_key is None:
+        return
+    if parse_upstreams(settings.upstream).has_credentials:
         raise SettingsError(
             "upstream: its URL holds a user or password, and upstream_api_key is set too; remove one of them"
         )
+
+
+def check_limits(settings: Settings) -> None:
+    """Raise SettingsError if shared limits are set and their client is not installed."""
+    if settings.limits and find_spec("redis") is None:
+        raise SettingsError("limits: the package redis is not installed; pip install 'autotts-proxy[redis]'")
 
 
 def check_files(settings: Settings) -> None:
@@ -40,13 +56,14 @@ def check_files(settings: Settings) -> None:
 
     Closing such a file would drop the locks by which SQLite protects the store.
     """
-    if settings.store is None:
+    store = settings.store
+    if not isinstance(store, Path):
         return
     for name, path in settings:
         if not isinstance(path, Path) or name == "store":
             continue
         paths = candidate_paths(path) if name == "spill" else [path]
-        if any(_is_store_file(place, settings.store) for place in paths):
+        if any(_is_store_file(place, store) for place in paths):
             raise SettingsError(f"{name}: {path} is a file of the store; name another file")
 
 

@@ -7,10 +7,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, get_args
 
-from pydantic import AfterValidator, AnyHttpUrl, Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from controllers.builtin import DEFAULT
+from discovery.store.databases.places import DatabaseUrl, StorePlace
 from proxy.probe_templates import Family
+from proxy.settings.places import RegistrySetting, StoreSetting
+from proxy.settings.redis_url import RedisUrl
+from proxy.settings.upstreams import check_session_header, check_upstream
+from proxy.types import Otherwise
 
 Beta = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -41,6 +47,13 @@ def _check_vllm_flags(text: str) -> str:
     return text
 
 
+class AwayPolicy(StrEnum):
+    """Treatment of requests with limits while the shared limits cannot be reached."""
+
+    LOCAL = "local"  # each process counts its own requests
+    REFUSE = "refuse"  # they are refused
+
+
 class StoreText(StrEnum):
     """Text of requests that is stored."""
 
@@ -63,14 +76,37 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8400, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    workers: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="processes that share the port, about one per core; limits of a process are divided among them",
+    )
     log: LogForm = Field(LogForm.PLAIN, description="format of log lines: `plain`, or `json` (one object per line)")
 
-    upstream: AnyHttpUrl | None = Field(
+    upstream: Annotated[str, AfterValidator(check_upstream)] | None = Field(
         None,
-        description="base URL of vLLM; without it the embedded model is started. A user and password in it are never "
-        "logged",
+        repr=False,
+        description="base URL of vLLM, several of them separated by commas, `dns+http://NAME:PORT` for all addresses "
+        'of a name, or a TOML file with lines such as `"MODEL" = ["URL", "URL"]`; without it the embedded model is '
+        "started. A user and password in a URL are never logged",
     )
-    upstream_api_key: SecretStr | None = Field(None, description="bearer token for the upstream")
+    upstream_api_key: SecretStr | None = Field(None, description="bearer token for the upstreams")
+    spill_load: float = Field(
+        0.8,
+        gt=0,
+        allow_inf_nan=False,
+        description="load of an upstream, as branches in flight over `AUTOTTS_BRANCHES_IN_FLIGHT`, from which new "
+        "requests go to the next one of several",
+    )
+    dns_poll_s: Seconds = Field(
+        10, description="seconds after which the name in `dns+http://NAME:PORT` is resolved again"
+    )
+    session_header: Annotated[str, AfterValidator(check_session_header)] | None = Field(
+        None,
+        description="name of a header that is sent to the upstream with an id that all generations of a request share, "
+        "for routers in front of replicas: `x-session-id`",
+    )
     embedded_args: Annotated[str, AfterValidator(_check_vllm_flags)] | None = Field(
         None,
         description="extra `vllm serve` flags for the embedded model, quoted as in a shell; ignored with an upstream",
@@ -81,7 +117,28 @@ class Settings(BaseSettings):
 
     model_aliases: bool = Field(True, description="also list each model as NAME@0.25, @0.5, @0.75 and @1, which set β")
 
-    controller: str = Field("cmc", description="controller for requests that name none: a name or FILE.py")
+    controller: str = Field(DEFAULT, description="controller for requests that name none: a name or FILE.py")
+    tools_controller: str = Field(
+        DEFAULT, description="controller for requests with tools that name none; one without probes: a name or FILE.py"
+    )
+    json_controller: str = Field(
+        DEFAULT,
+        description="controller for requests that constrain the format of the reply, as `response_format` does, and "
+        "name none; one without probes",
+    )
+    reply_controller: str = Field(
+        DEFAULT,
+        description="controller for other requests whose branches are whole replies of the upstream, as images and "
+        "penalties need them, and that name none; one without probes",
+    )
+    select_controller: str = Field(
+        "self_consistency",
+        description="controller for requests whose replies the model compares (`tts.answer` is `select` or "
+        "`synthesise`), and that name none; one without probes",
+    )
+    judge_tokens: Tokens = Field(
+        1024, description="tokens of the model's answer when it chooses a reply, its thought included"
+    )
     beta: Beta | None = Field(None, description="β for requests that set none; without it they are passed through")
     required: bool = Field(
         False,
@@ -90,6 +147,20 @@ class Settings(BaseSettings):
     )
     calibration: Path | None = Field(
         None, description="calibration file written by `autotts calibrate`: cost and accuracy of β by model"
+    )
+    min_agreement: Beta | None = Field(
+        None,
+        description="share of the votes that an answer should have; without it, or with 0, any share will do. "
+        "`tts.min_agreement` in a request overrides it",
+    )
+    otherwise: Otherwise = Field(
+        Otherwise.FLAG,
+        description="what follows if an answer has fewer votes: `answer` (nothing), `flag` (the reply is flagged) or "
+        "`escalate` (the episode continues once at a larger β, and is flagged if that does not help); `tts.otherwise` "
+        "in a request overrides it",
+    )
+    escalate_beta: Beta = Field(
+        1.0, description="β at which an episode continues to `escalate`; `tts.escalate_beta` in a request overrides it"
     )
     max_branches: int = Field(64, ge=1, description="branches that one request may open")
     max_total_tokens: Tokens | None = Field(None, description="tokens that one request may spend, over all branches")
@@ -106,11 +177,16 @@ class Settings(BaseSettings):
         description="run controllers from files without a sandbox, with all rights of the proxy and access to its keys",
     )
 
-    registry: Path | None = Field(
-        None, description="folder of installed controllers; without it the configured controller serves"
+    registry: RegistrySetting = Field(
+        None,
+        description="registry of installed controllers: a folder, or a `postgresql://` URL; by default the database of "
+        "a store in PostgreSQL. Without a registry the configured controller serves",
     )
     registry_poll_s: float = Field(
-        1, ge=0, allow_inf_nan=False, description="seconds between checks of the registry for changes"
+        1,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds between checks of the registry for changes, which PostgreSQL also announces",
     )
 
     admin_key: SecretStr | None = Field(
@@ -138,6 +214,18 @@ class Settings(BaseSettings):
         description="origins of web pages that may call the proxy from a browser, separated by commas: "
         "`https://app.example.org`; `*` allows any; without it no CORS headers are sent",
     )
+    ui: bool = Field(True, description="serve the dashboard under `/ui`")
+    ui_session_s: Seconds = Field(
+        43_200, description="seconds after which somebody who signed in to the dashboard must sign in again"
+    )
+    ui_runs: Path | None = Field(
+        None,
+        description="folder of searches, frontiers and collections that the dashboard lists, and in which admins start "
+        "searches; without it there are none",
+    )
+    ui_import_bytes: int = Field(
+        64 * 2**20, ge=1, description="largest file of recordings that admins may import in the dashboard, in bytes"
+    )
     cache_secret: SecretStr | None = Field(
         None,
         description="secret from which each tenant's salt of the upstream's prefix cache is derived; use the same for "
@@ -150,11 +238,22 @@ class Settings(BaseSettings):
     branches_in_flight: int = Field(
         1024,
         ge=1,
-        description="branches generated at the same time, over all requests; others wait. vLLM runs 256 to 1024, set "
-        "by its `--max-num-seqs`",
+        description="branches generated at the same time by each upstream, over all requests; others wait. vLLM runs "
+        "256 to 1024, set by its `--max-num-seqs`",
     )
     queue: int = Field(
         1024, ge=0, description="requests of each kind that may wait; further ones are refused with status 429"
+    )
+
+    limits: RedisUrl | None = Field(
+        None,
+        description="URL of a Redis (`redis://` or, with TLS, `rediss://`) that counts tokens per minute and the "
+        "`episodes` of keys over all proxies that use it; without it each process counts its own",
+    )
+    limits_away: AwayPolicy = Field(
+        AwayPolicy.LOCAL,
+        description="what happens while that Redis is away: `local` (each process counts its own requests) or `refuse` "
+        "(requests that need a limit get 503)",
     )
 
     feedback_per_minute: int = Field(
@@ -174,8 +273,10 @@ class Settings(BaseSettings):
     load_factor: Beta = Field(0.25, description="factor applied to β under full load")
 
     record: bool = Field(True, description="record requests in the store")
-    store: Path | None = Field(
-        None, description="replay store in which requests are recorded; without it nothing is recorded"
+    store: StoreSetting = Field(
+        None,
+        description="replay store in which requests are recorded: a file, or a `postgresql://` URL; without it nothing "
+        "is recorded",
     )
     store_text: StoreText = Field(
         StoreText.NONE,
@@ -273,6 +374,13 @@ class Settings(BaseSettings):
     ping_s: float = Field(
         10, gt=0, le=15, description="seconds between keep-alive comments on a stream without output, 15 at most"
     )
+
+    @property
+    def registry_place(self) -> StorePlace | None:
+        """Where the registry is: by default in the database of a store in PostgreSQL."""
+        if self.registry is not None or not isinstance(self.store, DatabaseUrl):
+            return self.registry
+        return self.store
 
     @property
     def embedded_flags(self) -> tuple[str, ...]:

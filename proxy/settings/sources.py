@@ -16,8 +16,8 @@ from proxy.errors import SettingsError
 from proxy.settings import checks
 from proxy.settings.model import Settings, is_secret
 
-EMBEDDED: Final = {"interval": 32, "finalise_tokens": 48, "probe_tokens": 8, "controller": "parallel_probe"}
-"""Defaults for the embedded model. Its chains have a few hundred tokens, which is too short for CMC's schedule."""
+EMBEDDED: Final = {"interval": 32, "finalise_tokens": 48, "probe_tokens": 8}
+"""Defaults for the embedded model, whose chains have a few hundred tokens."""
 SERVED: Final = {"store": Path("autotts.db")}
 """Defaults of `autotts serve`, which records requests by default."""
 PREFIX: Final = "AUTOTTS_"
@@ -75,6 +75,7 @@ def configure(file: Path | None, flags: Mapping[str, object], defaults: Mapping[
     settings = settings.model_copy(update=unset)
     checks.check_controller(settings)
     checks.check_upstream(settings)
+    checks.check_limits(settings)
     checks.check_files(settings)
     checks.check_spill_file(settings)
     return Configured(settings, sources)
@@ -128,6 +129,7 @@ def _message(place: tuple[str, ...], problem: str, value: object, sources: Mappi
     source = sources.get(name, DEFAULT)
     where = f"{source.removeprefix('file ')}: " if source.startswith("file ") else ""
     variable = f" ({PREFIX}{name.upper()})" if source == ENVIRONMENT else ""
-    is_shown = name in Settings.model_fields and not is_secret(name) and not (name == "upstream" and "@" in str(value))
+    has_password = name in ("upstream", "store") and any(sign in str(value) for sign in ("@", "://"))
+    is_shown = name in Settings.model_fields and not is_secret(name) and not has_password
     shown = f", not {value!r}" if is_shown else ""
     return f"{where}{'.'.join(place)}{variable}: {problem}{shown}"

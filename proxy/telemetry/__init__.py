@@ -1,4 +1,4 @@
-"""Prometheus metrics, OpenTelemetry tracing and log lines.
+"""Prometheus metrics, OpenTelemetry spans and metrics, and log lines.
 
 Imported by every folder of the proxy except requests. Imports errors, types and settings.
 """

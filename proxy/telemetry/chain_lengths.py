@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from statistics import median
-from typing import Final
-
-from proxy.types import LiveBranch
+from typing import Final, Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +26,18 @@ STEP: Final = 16
 """Suggestions are multiples of this many tokens."""
 
 
+class EpisodeBranch(Protocol):
+    """A branch: its tokens, and whether it has finished."""
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """Ids of its tokens."""
+
+    @property
+    def finish(self) -> str | None:
+        """`stop`, `length`, or None while it runs."""
+
+
 class ChainLengths:
     """The lengths of each model's latest chains."""
 
@@ -35,7 +45,7 @@ class ChainLengths:
         self._lengths: dict[str, deque[int]] = {}
         self._warned: dict[str, int] = {}  # by model: the interval of the last warning
 
-    def observe(self, model: str, interval: int, branches: Iterable[LiveBranch]) -> None:
+    def observe(self, model: str, interval: int, branches: Iterable[EpisodeBranch]) -> None:
         """Record an episode's branches. Warn once if the model's chains are too short for `interval`.
 
         Branches that were cut count only if they were already long enough.

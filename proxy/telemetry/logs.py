@@ -10,13 +10,12 @@ from contextvars import ContextVar
 from copy import copy
 from datetime import UTC, datetime
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 from rich.console import Console
 from rich.logging import RichHandler
 
-from proxy.settings import LogForm, Settings
+from proxy.settings import LogForm, Settings, parse_upstreams
 
 MASK: Final = "********"
 MIN_SECRET_CHARS: Final = 4
@@ -106,11 +105,10 @@ def redact(text: str, secrets: Sequence[str]) -> str:
 
 
 def _secrets(settings: Settings) -> Iterator[str]:
-    """Yield the texts that no log line may contain: secret settings and the password in the upstream's address."""
+    """Yield the texts that no log line may contain: secret settings and the passwords in the upstreams' addresses."""
     for name in Settings.model_fields:
         value = getattr(settings, name)
         if isinstance(value, SecretStr) and len(value.get_secret_value()) >= MIN_SECRET_CHARS:
             yield value.get_secret_value()
-    password = urlsplit(str(settings.upstream or "")).password
-    if password and len(password) >= MIN_SECRET_CHARS:
-        yield password
+    passwords = parse_upstreams(settings.upstream).passwords if settings.upstream else []
+    yield from (password for password in passwords if len(password) >= MIN_SECRET_CHARS)

@@ -6,12 +6,11 @@ Every label has few values: served models, controllers, the alias nearest to β,
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics import MetricWrapperBase
 
 from controllers.builtin import ALIASES
 from proxy.errors import (
@@ -23,9 +22,8 @@ from proxy.errors import (
     UpstreamUnreachable,
 )
 from proxy.telemetry.chain_lengths import ChainLengths
+from proxy.telemetry.metric_row import M, MetricRow
 from proxy.types import CanaryMetric
-
-M = TypeVar("M", bound=MetricWrapperBase)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -46,41 +44,6 @@ def controller_label(controller: str) -> str:
     """Return a controller's name as a label. `asc@40` becomes `asc`, because clients may send any number."""
     plain = controller.partition("@")[0]
     return ALIASES.get(plain, plain)
-
-
-class MetricRow(Generic[M]):
-    """Definition of a metric. As an attribute of a `Metrics` object it is the metric itself.
-
-    `initial` lists label values that are exported from the start, because Prometheus sees no increase from absent to 1.
-    """
-
-    def __init__(
-        self,
-        kind: type[M],
-        name: str,
-        meaning: str,
-        labels: Sequence[str] = (),
-        *,
-        buckets: Sequence[float] | None = None,
-        initial: Sequence[str] = (),
-    ) -> None:
-        self._kind = kind
-        self._name = name
-        self._meaning = meaning
-        self._labels = labels
-        self._options: dict[str, Any] = {} if buckets is None else {"buckets": buckets}
-        self._initial = initial
-
-    def create(self, registry: CollectorRegistry) -> M:
-        """Return the metric, registered in `registry`."""
-        metric = self._kind(self._name, self._meaning, self._labels, registry=registry, **self._options)
-        for value in self._initial:
-            metric.labels(value)
-        return metric
-
-    def __get__(self, metrics: object, owner: type) -> M:
-        """Tell type checkers what a `Metrics` object holds. At run time the object's own attribute comes first."""
-        raise AttributeError(f"{self._name} belongs to an instance of {owner.__name__}")
 
 
 class Metrics:
@@ -116,6 +79,21 @@ class Metrics:
         "Share of the votes for the winning answer, in answered episodes with at least two votes.",
         ("model", "controller"),
         buckets=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 1),
+    )
+    low_agreement = MetricRow(
+        Counter,
+        "autotts_low_agreement",
+        "Replies with a smaller share of the votes than min_agreement, by what followed: answered (nothing), flagged, "
+        "escalated (continuing at a larger β gave enough) or escalated_flagged (it did not).",
+        ("model", "controller", "outcome"),
+    )
+    judge_calls = MetricRow(
+        Counter,
+        "autotts_judge_calls",
+        "Requests whose replies the model compares, by outcome: chosen, unreadable (it named none), failed (upstream "
+        "error), no_room (under the cap or in the context), late (deadline), skipped (the episode had ended early). "
+        "Unless chosen, word overlap decided.",
+        ("model", "outcome"),
     )
     beta_not_applied = MetricRow(
         Counter,
@@ -189,8 +167,8 @@ class Metrics:
     stage_requests = MetricRow(
         Counter,
         "autotts_stage_requests",
-        "Requests that named no controller, by the rollout stage that served them.",
-        ("stage", "controller"),
+        "Requests that named no controller, by the rollout stage that served them on a model.",
+        ("model", "stage", "controller"),
     )
     shadow_agreement = MetricRow(
         Counter,
@@ -198,6 +176,12 @@ class Metrics:
         "Rounds of the champion, by whether the shadow would have decided the same: true, false or failed. Episodes "
         "that the shadow had no time to compare count as skipped.",
         ("controller", "agreed"),
+    )
+    registry_version = MetricRow(
+        Gauge, "autotts_registry_version", "Version of the registry that this process follows; 0 without changes."
+    )
+    registry_unreadable = MetricRow(
+        Gauge, "autotts_registry_unreadable", "Whether the registry cannot be read now: 1 or 0. Alert on 1."
     )
     rollbacks = MetricRow(
         Counter,
@@ -240,7 +224,8 @@ class Metrics:
     unseen_tokens = MetricRow(
         Counter,
         "autotts_unseen_tokens",
-        "Upper bound on tokens that cut requests generated but never delivered. They are not charged to any budget.",
+        "Upper bound on tokens that requests had generated but not delivered when they were cut. They are not charged "
+        "to any budget. vLLM generates a few more until it notices.",
         ("model",),
     )
     recording_tokens = MetricRow(
@@ -271,6 +256,18 @@ class Metrics:
         ("reason",),
         initial=("slow", "unread", "evicted", "refused"),
     )
+    limits_away = MetricRow(
+        Gauge,
+        "autotts_limits_away",
+        "Whether the shared limits (`AUTOTTS_LIMITS`) cannot be reached now: 1 or 0. Alert on 1.",
+    )
+    limits_seconds = MetricRow(
+        Histogram,
+        "autotts_limits_seconds",
+        "Seconds that a call of the shared limits took, by script: reserve, enter, settle, renew, usage, ping.",
+        ("script",),
+        buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1),
+    )
     keys_broken = MetricRow(
         Gauge,
         "autotts_keys_broken",
@@ -286,6 +283,12 @@ class Metrics:
     episodes_in_flight = MetricRow(Gauge, "autotts_episodes_in_flight", "Episodes that are running.")
     branches_in_flight = MetricRow(Gauge, "autotts_branches_in_flight", "Branches that the upstream is generating.")
     calls_waiting = MetricRow(Gauge, "autotts_calls_waiting", "Calls to the upstream that wait for free branch slots.")
+    signals = MetricRow(
+        Counter,
+        "autotts_signals",
+        "Facts of episodes that need signals of confidence, by signal: intervals, probes; and by whether it was known.",
+        ("signal", "known"),
+    )
     upstream_events = MetricRow(
         Counter,
         "autotts_upstream_events",
@@ -310,12 +313,46 @@ class Metrics:
         buckets=_SECONDS,
     )
 
+    replica_up = MetricRow(
+        Gauge,
+        "autotts_replica_up",
+        "Whether the latest health check of a replica passed, if there are several upstreams: 1 or 0.",
+        ("replica",),
+    )
+    replica_circuit_open = MetricRow(
+        Gauge,
+        "autotts_replica_circuit_open",
+        "Whether a replica's circuit breaker refuses requests: 1 or 0.",
+        ("replica",),
+    )
+    replica_branches = MetricRow(
+        Gauge,
+        "autotts_replica_branches",
+        "Branches that a replica generates or that wait for it; a request passed through counts as one.",
+        ("replica",),
+    )
+    replica_moves = MetricRow(
+        Counter,
+        "autotts_replica_moves",
+        "Calls that left a replica for another, or were not sent there, by reason: spilled (too much load), failed.",
+        ("replica", "reason"),
+    )
+
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.chain_lengths = ChainLengths()
         for name, row in vars(Metrics).items():
             if isinstance(row, MetricRow):
                 self.__dict__[name] = row.create(self.registry)
+        self._children: dict[tuple[object, ...], Any] = {}
+
+    def child(self, metric: M, *values: str) -> M:
+        """Return a metric's child for label values, like `labels` but faster. It must never be removed."""
+        key = (metric, *values)
+        child: M | None = self._children.get(key)
+        if child is None:
+            child = self._children[key] = metric.labels(*values)
+        return child
 
     @contextmanager
     def upstream_request(self, model: str) -> Iterator[None]:

@@ -14,22 +14,37 @@ from collections import Counter
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from controllers import Action
 from proxy.telemetry.metrics import Metrics, controller_label
-from proxy.types import Call, ObservedRequest, Plan, RequestResult, UpstreamObserver
+from proxy.types import Call, ObservedRequest, Plan, UpstreamObserver
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span
 
 
+class RequestResult(Protocol):
+    """The result of a request with one prompt or several."""
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        """Finish reason of each text."""
+
+    @property
+    def usage(self) -> Mapping[str, Any]:
+        """OpenAI's `usage` object."""
+
+    @property
+    def tts(self) -> Mapping[str, Any]:
+        """The `tts` object of the response."""
+
+
 R = TypeVar("R", bound=RequestResult)
 
 logger = logging.getLogger(__name__)
 
-ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 SERVICE: Final = "autotts-proxy"
 OPERATIONS: Final = {
     "/v1/chat/completions": "chat",
@@ -103,7 +118,7 @@ class OtelTracer(NoopTracer):
 
     async def plan(self, path: str, model: str, leases: ExitStack, work: Coroutine[Any, Any, Plan]) -> Plan:
         name = OPERATIONS[path]
-        attributes = {**_attributes(name, model), "url.path": path}
+        attributes = {**conventional_attributes(name, model), "url.path": path}
         if path in API_TYPES:
             attributes["openai.api.type"] = API_TYPES[path]
         try:
@@ -139,6 +154,11 @@ class OtelTracer(NoopTracer):
                 "autotts.stop": reply.tts["stop"],
                 "autotts.branches": reply.tts["branches"],
                 "autotts.rounds": reply.tts["rounds"],
+                **{
+                    f"autotts.{name}": value
+                    for name in ("agreement", "confidence", "flagged")
+                    if (value := reply.tts.get(name)) is not None
+                },
             }
         )
         return reply
@@ -152,7 +172,7 @@ class OtelTracer(NoopTracer):
     @contextmanager
     def generation(self, model: str, call: Call) -> Iterator[None]:
         attributes = {
-            **_attributes("text_completion", model),
+            **conventional_attributes("text_completion", model),
             "gen_ai.request.max_tokens": call.max_tokens,
             "gen_ai.request.choice.count": len(call.outputs),
         }
@@ -169,7 +189,11 @@ class OtelTracer(NoopTracer):
 
     def request(self, method: str, path: str) -> ObservedRequest | None:
         operation = OPERATIONS.get(path)
-        attributes = {"http.request.method": method, "url.path": path, **(_attributes(operation) if operation else {})}
+        attributes = {
+            "http.request.method": method,
+            "url.path": path,
+            **(conventional_attributes(operation) if operation else {}),
+        }
         span = self._tracer.start_span(operation or f"{method} {path}", kind=self._kinds.CLIENT, attributes=attributes)
 
         def end(status: int | None, error: BaseException | None) -> None:
@@ -216,7 +240,7 @@ class OtelTracer(NoopTracer):
         span.set_status(self._failed)
 
 
-def _attributes(operation: str, model: str | None = None) -> dict[str, Any]:
+def conventional_attributes(operation: str, model: str | None = None) -> dict[str, Any]:
     """Return the attributes that the conventions require for an operation."""
     attributes = {"gen_ai.operation.name": operation, "gen_ai.provider.name": "vllm"}
     return attributes if model is None else {**attributes, "gen_ai.request.model": model}
@@ -244,11 +268,22 @@ class TelemetryObserver(UpstreamObserver):
         return self._tracer.headers()
 
 
+def is_exported(signal: str) -> bool:
+    """Return whether OpenTelemetry's environment variables ask for the export of `TRACES` or `METRICS`."""
+    names = (f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    is_disabled = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    is_otlp = os.environ.get(f"OTEL_{signal}_EXPORTER", "otlp") == "otlp"
+    return any(os.environ.get(name) for name in names) and is_otlp and not is_disabled
+
+
+def service_name() -> str:
+    """Return the name under which OpenTelemetry knows this proxy."""
+    return os.environ.get("OTEL_SERVICE_NAME") or SERVICE
+
+
 def create_tracer() -> NoopTracer:
     """Return the tracer that OpenTelemetry's environment variables configure."""
-    has_endpoint = any(os.environ.get(name) for name in ENDPOINTS)
-    is_disabled = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
-    if not has_endpoint or is_disabled or os.environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
+    if not is_exported("TRACES"):
         return NoopTracer()
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -258,7 +293,7 @@ def create_tracer() -> NoopTracer:
     except ImportError as error:
         logger.warning("tracing is off: %s is not installed; run pip install 'autotts-proxy[otel]'", error.name)
         return NoopTracer()
-    name = os.environ.get("OTEL_SERVICE_NAME") or SERVICE
-    provider = TracerProvider(resource=Resource.create({"service.name": name}), shutdown_on_exit=False)
+    resource = Resource.create({"service.name": service_name()})
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return OtelTracer(provider)

@@ -10,13 +10,14 @@ aiohttp's public reader.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
+from types import coroutine
 from typing import Any
 
 import aiohttp
 
 from proxy.tested_versions import has_tested_internals
-from proxy.upstream.eager_task import start_eagerly
+from proxy.upstream.pooled_request import UpstreamResponse
 
 BodySink = Callable[[bytes, bool], Awaitable[None]]
 """Function that takes a piece of a body and whether it is the last. Await its result before the next piece."""
@@ -24,7 +25,7 @@ BodySource = Callable[[BodySink], Awaitable[None]]
 """Function that sends a body to a sink. When it returns it has sent the last piece, which may be empty."""
 
 
-async def stream_body(response: aiohttp.ClientResponse, sink: BodySink, idle_timeout_s: float) -> None:
+async def stream_body(response: UpstreamResponse, sink: BodySink, idle_timeout_s: float) -> None:
     """Send the body of `response`, of which nothing has been read yet, to `sink`.
 
     Raises what aiohttp and `sink` raise, and TimeoutError if nothing arrives for `idle_timeout_s` seconds. In a stream
@@ -43,7 +44,7 @@ async def stream_body(response: aiohttp.ClientResponse, sink: BodySink, idle_tim
             is_over = await _BodyTap(response, sink, idle_timeout_s).run()
 
 
-async def _stream_plainly(response: aiohttp.ClientResponse, sink: BodySink, idle_timeout_s: float) -> None:
+async def _stream_plainly(response: UpstreamResponse, sink: BodySink, idle_timeout_s: float) -> None:
     """Send the body through aiohttp's public reader. A slow sink does not count as silence of the upstream."""
     loop = asyncio.get_running_loop()
     is_event_stream = response.content_type == "text/event-stream"
@@ -81,7 +82,7 @@ async def _nothing() -> None:
 class _BodyTap(asyncio.Protocol):
     """Connection protocol that wraps aiohttp's own and forwards each piece of the body as it arrives."""
 
-    def __init__(self, response: aiohttp.ClientResponse, sink: BodySink, idle_timeout_s: float) -> None:
+    def __init__(self, response: UpstreamResponse, sink: BodySink, idle_timeout_s: float) -> None:
         connection = response.connection
         if connection is None or connection.transport is None or connection.protocol is None:
             raise aiohttp.ServerDisconnectedError  # aiohttp has reported neither an end nor an error
@@ -167,3 +168,33 @@ class _BodyTap(asyncio.Protocol):
     def _restore_protocol(self) -> None:
         if self._transport.get_protocol() is self:
             self._transport.set_protocol(self._inner)
+
+
+def start_eagerly(work: Awaitable[None]) -> Awaitable[None] | None:
+    """Run `work` until it first waits. Return the rest as an awaitable, or None if `work` is done.
+
+    A new task would begin at the next turn of the event loop, which under load is milliseconds later.
+    """
+    steps = work.__await__()
+    try:
+        awaited = next(steps)
+    except StopIteration:
+        return None
+    return _rest(awaited, steps)
+
+
+@coroutine
+def _rest(awaited: Any, steps: Generator[Any, Any, None]) -> Generator[Any, Any, None]:
+    try:
+        while True:
+            try:
+                yield awaited
+            except GeneratorExit:
+                steps.close()
+                raise
+            except BaseException as error:
+                awaited = steps.throw(error)
+            else:
+                awaited = next(steps)
+    except StopIteration:
+        return

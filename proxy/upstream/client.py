@@ -9,32 +9,44 @@ at the server.
 from __future__ import annotations
 
 import asyncio
-import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from copy import copy
+from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Final
 
 import aiohttp
 
-from proxy.errors import UpstreamError, UpstreamRefused
-from proxy.types import Call, Model, UpstreamObserver
+from proxy.errors import UpstreamDisconnected, UpstreamError, UpstreamRefused
+from proxy.gateway_headers import gateway_headers
+from proxy.types import Call, Model, ReplicaStatus, UpstreamObserver
 from proxy.upstream.branch_semaphore import BranchSemaphore
+from proxy.upstream.chat_stream import BYTES_PER_LOGPROB, add_chat_chunk, chat_request, finish_chat
 from proxy.upstream.circuit_breaker import Breaker
 from proxy.upstream.completion_stream import (
+    BYTES_PER_TOKEN,
     MAX_TOKEN_ID,
+    AddChunk,
+    OptionalFields,
     add_chunk,
     check_token_ids,
-    completion_request,
+    compact_json,
+    completion_body,
     finish_call,
+    parse_chunk,
     read_events,
+    without_refused,
 )
 from proxy.upstream.detokeniser import TokenEndings
-from proxy.upstream.eager_task import EagerPayload
 from proxy.upstream.load_metrics import UpstreamLoad, parse_load
+from proxy.upstream.pooled_request import UpstreamResponse
 from proxy.upstream.response_body import BYTES_PER_ID, MAX_PAGE_BYTES, MIN_BODY_BYTES, BodyTooLong, read_body
 from proxy.upstream.transport import UpstreamTransport
+
+logger = logging.getLogger(__name__)
 
 TEXT_BYTES_PER_REQUEST_BYTE: Final = 64
 """Maximum bytes of text that `/detokenize` may return per byte of its request."""
@@ -44,6 +56,14 @@ MAX_MODELS: Final = 10_000
 
 class TooManyTokens(Exception):
     """A text has more tokens than were allowed."""
+
+
+@dataclass(slots=True)
+class _Learnt:
+    """Properties of a server that its first replies showed. Copies of a client share them."""
+
+    fields: OptionalFields = field(default_factory=OptionalFields)  # all, until the server refuses one
+    logged_missing: bool = False  # whether it has been logged that the server sends no log-probabilities
 
 
 class UpstreamClient:
@@ -59,8 +79,12 @@ class UpstreamClient:
         branch_semaphore: BranchSemaphore | None = None,
         observer: UpstreamObserver | None = None,
         on_event: Callable[[str], object] = lambda _: None,
+        session_header: str | None = None,
     ) -> None:
-        """`on_event` is called with "retried" and "ejected" (the circuit breaker opened)."""
+        """`on_event` is called with "retried" and "ejected" (the circuit breaker opened).
+
+        `session_header` is the name of the header that carries the id of an episode; without it none is sent.
+        """
         self.observer = observer or UpstreamObserver()
         self._transport = UpstreamTransport(
             url,
@@ -75,12 +99,45 @@ class UpstreamClient:
         self.branch_semaphore = branch_semaphore or BranchSemaphore()
         self.token_endings = TokenEndings()
         self._suffix_ids: dict[tuple[str, str], list[int]] = {}  # by model and text
-        self._takes_priority = True  # until the server refuses the field
+        self._learnt = _Learnt()
+        self._session_header = session_header
+        self._session: Mapping[str, str] = {}  # header with the id of the episode, if it is sent
 
     @property
     def breaker(self) -> Breaker:
         """The circuit breaker in front of the upstream."""
         return self._transport.breaker
+
+    @property
+    def is_available(self) -> bool:
+        """Whether requests may go out: the circuit breaker is closed."""
+        return self.breaker.is_closed
+
+    @property
+    def branches_in_flight(self) -> int:
+        """Number of branches that are being generated."""
+        return self.branch_semaphore.taken
+
+    @property
+    def calls_waiting(self) -> int:
+        """Number of calls that wait for branch slots."""
+        return self.branch_semaphore.waiting
+
+    def replica_states(self) -> Sequence[ReplicaStatus]:
+        """Return no states: there is one server."""
+        return ()
+
+    def route(self, model: str, key: Callable[[], bytes], session: str = "") -> UpstreamClient:
+        """Return this client, or one that sends the id of the session with every generation."""
+        if self._session_header is None or not session:
+            return self
+        other = copy(self)
+        other._session = {self._session_header: session}
+        return other
+
+    def can_continue(self, error: UpstreamError) -> bool:
+        """Return False: there is no other server that could continue a call."""
+        return False
 
     def for_background(self) -> UpstreamClient:
         """Return a client of the same upstream for background work.
@@ -98,12 +155,17 @@ class UpstreamClient:
     def reset(self) -> None:
         """Forget all failures: the upstream has been restarted."""
         self._transport.reset()
+        self._learnt.fields = OptionalFields()
 
     # Health and load
 
     async def check(self, seconds: float | None = None) -> None:
         """Run a health check, or join the one under way. Returns after `seconds` at the latest."""
         await self._transport.check(seconds)
+
+    async def answers(self) -> bool:
+        """Return whether the upstream answers at all, also while the circuit breaker is open."""
+        return await self._transport.answers()
 
     async def is_healthy(self) -> bool:
         """Return whether the upstream's `/health` answers 200."""
@@ -131,9 +193,12 @@ class UpstreamClient:
 
     async def models(self, *, is_check: bool = False) -> list[Model]:
         """Return the models that are served now."""
-        cards = await self.model_cards(is_check=is_check)
+        return self.parse_models(await self.model_cards(is_check=is_check))
+
+    def parse_models(self, cards: Sequence[Mapping[str, Any]]) -> list[Model]:
+        """Return the models that cards describe. Raises UpstreamProtocolError."""
         try:
-            return [Model(card["id"], _model_length(card.get("max_model_len"))) for card in cards]
+            return [card_model(card) for card in cards]
         except (TypeError, ValueError, OverflowError):
             raise self._transport.protocol_error("returned an invalid list of models from /v1/models") from None
 
@@ -176,7 +241,7 @@ class UpstreamClient:
         self, request: Mapping[str, Any], max_tokens: int | None = None, *, is_observed: bool = True
     ) -> list[int]:
         """Return the ids for a request to `/tokenize`. Raises TooManyTokens if there are far more than `max_tokens`."""
-        body = _compact_json(request)
+        body = compact_json(request)
         likely_tokens = len(body) if max_tokens is None else min(len(body), max_tokens)  # a token is mostly ≥ 1 byte
         max_bytes = MIN_BODY_BYTES + BYTES_PER_ID * likely_tokens
         try:
@@ -195,7 +260,7 @@ class UpstreamClient:
     async def detokenise(self, model: str, ids: Sequence[int], *, is_observed: bool = True) -> str:
         """Return the text of `ids`, special tokens included."""
         max_bytes = MIN_BODY_BYTES + TEXT_BYTES_PER_REQUEST_BYTE * BYTES_PER_ID * len(ids)
-        body = _compact_json({"model": model, "tokens": list(ids)})
+        body = compact_json({"model": model, "tokens": list(ids)})
         reply = await self._transport.request_json(
             "POST", "/detokenize", body, max_bytes=max_bytes, is_observed=is_observed
         )
@@ -214,20 +279,65 @@ class UpstreamClient:
         """
         async with self.branch_semaphore.hold(len(call.outputs), is_background=call.priority > 0):
             with self.observer.generation(model, call):
-                try:
-                    await self._generate(model, call)
-                except UpstreamRefused as error:
-                    if not call.priority or "priority" not in str(error).lower():
-                        raise
-                    self._takes_priority = False
-                    await self._generate(model, call)
+                fields = self._learnt.fields
+                while True:
+                    try:
+                        await self._generate(model, call, fields)
+                        break
+                    except UpstreamRefused as error:
+                        without = without_refused(call, fields, str(error))
+                        if without is None:
+                            raise
+                        fields = without
+                self._learnt.fields = fields
+        if not self._learnt.logged_missing and call.lacks_log_probabilities:
+            self._learnt.logged_missing = True
+            logger.warning(
+                "upstream %s sends no log-probabilities, so confidences are unknown to controllers", self.display_url
+            )
 
-    async def _generate(self, model: str, call: Call) -> None:
+    async def _generate(self, model: str, call: Call, fields: OptionalFields) -> None:
+        longest = max(map(len, call.prompts))
+        encode = partial(completion_body, model, call, fields)
+        read = partial(parse_chunk, parse=self._transport.parse)
+        usage = await self._stream("/v1/completions", encode, call, read, add_chunk, longest, BYTES_PER_TOKEN)
+        if usage is None:
+            message = f"upstream {self.display_url} ended a stream before all completions had finished"
+            raise UpstreamDisconnected(message)
+        finish_call(call, usage, self._transport.protocol_error)
+
+    async def chat(self, model: Model, call: Call, body: Mapping[str, Any], messages: bytes) -> None:
+        """Send a chat completion and fill the only output of `call`, a ChatOutput, while it arrives.
+
+        `body` has the fields but `messages`, which is JSON already: calls share it, and images take long to encode.
+        Waits until the branch semaphore has room. Calls without a priority go first; the upstream is not told of it,
+        because many refuse one. Cancelling aborts the request upstream.
+        """
+        longest = model.max_length + call.max_tokens  # arguments of a tool may come in one chunk
+        logprobs = body.get("top_logprobs")
+        per_token = BYTES_PER_TOKEN + BYTES_PER_LOGPROB * (logprobs if type(logprobs) is int and logprobs > 0 else 0)
+        async with self.branch_semaphore.hold(1, is_background=call.priority > 0):
+            with self.observer.generation(model.id, call):
+                encode = partial(_chat_json, chat_request(body, call), messages)
+                read, path = self._transport.parse, "/v1/chat/completions"
+                usage = await self._stream(path, encode, call, read, add_chat_chunk, longest, per_token)
+                finish_chat(call, usage, self._transport.protocol_error)
+
+    async def _stream(
+        self,
+        path: str,
+        encode: Callable[[], bytes],
+        call: Call,
+        read: Callable[[bytes], Mapping[str, Any]],
+        add: AddChunk,
+        longest: int,
+        per_token: int,
+    ) -> Mapping[str, Any] | None:
+        """Send a body, and `add` the chunks of its stream, which `read` parses. Return the server's usage report."""
         transport = self._transport
-        body = completion_request(model, call, takes_priority=self._takes_priority)
         usage: Mapping[str, Any] | None = None
-        headers = self.observer.headers()
-        request = transport.request("POST", "/v1/completions", is_observed=False, json=body, headers=headers)
+        headers = {**self.observer.headers(), **gateway_headers(), **self._session, "content-type": "application/json"}
+        request = transport.request("POST", path, is_observed=False, encode=encode, headers=headers)
         async with request as response:
             await transport.raise_for_status(response)
             if response.content_type == "application/json":  # an error rather than a stream, whatever its status
@@ -235,36 +345,49 @@ class UpstreamClient:
                 raise transport.refusal(response.status, transport.parse(answer))
             async with asyncio.timeout(self.read_timeout_s) as timeout:  # only tokens and finished outputs extend it
                 received = 0
-                async for payload in read_events(response, call):
-                    chunk = transport.parse(payload)
-                    if "error" in chunk:
-                        raise transport.refusal(response.status, chunk)
-                    usage = chunk.get("usage") or usage
-                    ended = add_chunk(call, chunk, transport.protocol_error)
-                    if (progress := call.progress) > received:  # computed once: it counts all outputs
+
+                def extend_timeout() -> None:
+                    nonlocal received
+                    if (progress := call.progress) > received:  # it counts all outputs, so it is not asked for often
                         received = progress
                         timeout.reschedule(asyncio.get_running_loop().time() + self.read_timeout_s)
-                    for output in ended:
-                        if call.on_finish is not None:
-                            await call.on_finish(output)
-        finish_call(call, usage, transport.protocol_error)
+
+                async for payloads in read_events(response, call, longest, per_token):
+                    for payload in payloads:
+                        chunk = read(payload)
+                        if "error" in chunk:
+                            raise transport.refusal(response.status, chunk)
+                        usage = chunk.get("usage") or usage
+                        ended = add(call, chunk, transport.protocol_error)
+                        if ended:
+                            extend_timeout()
+                        for output in ended:
+                            if call.on_finish is not None:
+                                await call.on_finish(output)
+                    extend_timeout()
+        return usage
 
     # Pass-through
 
     def relay(
-        self, method: str, path: str, body: bytes, headers: Mapping[str, str], *, is_eager: bool = False
-    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        self, method: str, path: str, body: bytes, headers: Mapping[str, str]
+    ) -> AbstractAsyncContextManager[UpstreamResponse]:
         """Return a context manager around the upstream's unchanged response, whatever its status.
 
-        Leaving it aborts the request. With `is_eager` the request's body is written at once, which brings the first
-        event of a stream earlier.
+        Leaving it aborts the request.
         """
-        payload = EagerPayload if is_eager else aiohttp.BytesPayload
-        return self._transport.request(method, path, data=payload(body) if body else None, headers=headers)
+        own = {**headers, **gateway_headers(), **self._session}
+        return self._transport.request(method, path, encode=lambda: body, headers=own)
 
 
-def _compact_json(body: Mapping[str, Any]) -> bytes:
-    return json.dumps(body, separators=(",", ":")).encode()
+def _chat_json(fields: Mapping[str, Any], messages: bytes) -> bytes:
+    """Return a chat completion as JSON. `messages` is JSON already."""
+    return b'%b,"messages":%b}' % (compact_json(fields).removesuffix(b"}"), messages)
+
+
+def card_model(card: Mapping[str, Any]) -> Model:
+    """Return the model that a card describes. Raises TypeError, ValueError or OverflowError."""
+    return Model(card["id"], _model_length(card.get("max_model_len")))
 
 
 def _model_length(value: object) -> int:

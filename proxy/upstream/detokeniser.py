@@ -12,7 +12,7 @@ The properties of an id are cached, so that known ids cost no request.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from enum import Enum
 from typing import Final, NamedTuple, Protocol
@@ -129,6 +129,11 @@ class Detokeniser:
             return None
         return Seam(tail, max(0, min(given - start, len(tail))))
 
+    def is_known_whole(self, prompt: Sequence[int]) -> bool:
+        """Return whether it is known, without a request, that `prompt` ends with a complete character."""
+        known = self._tokeniser.token_endings.get(self._model, prompt[-1]) if prompt else None
+        return known is not None and known.ending is Ending.WHOLE
+
     async def text(self, seam: Seam, ids: Sequence[int], shown: str, *, skips_special: bool) -> str:
         """Return the text that `ids` add after `seam`, without an incomplete character at the end.
 
@@ -148,6 +153,15 @@ class Detokeniser:
         given, own = seam.tail[: seam.given], seam.tail[seam.given :]
         kept = [_without(given, hidden), _without(own, hidden)]
         return await self._added(Seam([*kept[0], *kept[1]], len(kept[0])), ids) if hidden else text
+
+    async def completed(self, prompt: Sequence[int], ids: Sequence[int], shown: str) -> str:
+        """Return the text of `ids` after `prompt`, of which the server has shown the beginning.
+
+        While a completion with stop strings runs, the server holds its last characters back. If `shown` is no such
+        beginning, because the server skips special tokens, it is returned as it is.
+        """
+        text = await self._added(Seam(prompt[-MOST_HELD - 1 :], 0), ids)
+        return text if text.startswith(shown) else shown
 
     async def visible(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, without an incomplete character at the end."""
@@ -223,8 +237,12 @@ class CallDecoder:
         self._floor: int | None = None
 
     @asynccontextmanager
-    async def over(self, call: Call, detokeniser: Detokeniser) -> AsyncIterator[None]:
+    async def over(
+        self, call: Call, detokeniser: Detokeniser
+    ) -> AsyncIterator[Callable[[Output], Coroutine[None, None, None]]]:
         """Return a context in which to run `call`. Its outputs are decoded before its `on_finish` gets them.
+
+        The context yields what decodes an output that was cut, so that it can be continued by its ids.
 
         A call with stop strings waits until its prompts' ends are examined. The server searches its own text for stop
         strings, so they are removed from a call whose server text cannot be used.
@@ -239,24 +257,31 @@ class CallDecoder:
 
         async def decode(output: Output) -> None:
             await seam_search
-            seam = next((seam for index, seam in seams.items() if call.outputs[index] is output), None)
-            if seam is not None and output.server_text is not None:
+            index = next(index for index, each in enumerate(call.outputs) if each is output)
+            if index in seams and output.server_text is not None:
                 skips = call.sampling.get("skip_special_tokens", True)
-                output.text = await detokeniser.text(seam, output.text_ids, output.server_text, skips_special=skips)
+                output.text = await detokeniser.text(
+                    seams[index], output.text_ids, output.server_text, skips_special=skips
+                )
                 output.server_text = None
+            elif output.finish is None and "stop" in call.sampling:
+                output.text = await detokeniser.completed(call.prompts[index // call.n], output.ids, output.text)
+
+        async def decode_finished(output: Output) -> None:
+            await decode(output)
             if on_finish is not None:
                 await on_finish(output)
 
         for output in call.outputs:
             output.server_text = ""
-        on_finish, call.on_finish = call.on_finish, decode
+        on_finish, call.on_finish = call.on_finish, decode_finished
         seam_search = asyncio.create_task(find_seams())
         try:
             if "stop" in call.sampling:
                 await seam_search
                 if seams:
                     call.sampling = {name: value for name, value in call.sampling.items() if name != "stop"}
-            yield
+            yield decode
             await seam_search
         finally:
             seam_search.cancel()
@@ -268,6 +293,8 @@ class CallDecoder:
         if self._floor is None:
             self._floor = length if await detokeniser.seam(self._prompt, length) is None else 0
         floor = self._floor
+        if all(detokeniser.is_known_whole(prompt) for prompt in call.prompts):
+            return {}
         given = [len(prompt) if call.suffix_tokens else length for prompt in call.prompts]
         ends = zip(call.prompts, given, strict=True)
         seams = await asyncio.gather(*(detokeniser.seam(prompt, own, floor) for prompt, own in ends))

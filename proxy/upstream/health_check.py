@@ -21,11 +21,13 @@ ATTEMPTS: Final = 2
 """Maximum number of attempts if a check times out."""
 COUNTERS: Final = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total")
 """Counters of vLLM that grow while it processes tokens."""
+_ERROR: Final = int(HTTPStatus.INTERNAL_SERVER_ERROR)
+_NOT_IMPLEMENTED: Final = int(HTTPStatus.NOT_IMPLEMENTED)
 
 
 def is_failure(status: int) -> bool:
     """Return whether a status means that the upstream failed. 501 does not: it reports a missing feature."""
-    return status >= HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.NOT_IMPLEMENTED
+    return status >= _ERROR and status != _NOT_IMPLEMENTED
 
 
 class HealthCheck:
@@ -46,6 +48,13 @@ class HealthCheck:
             except (aiohttp.ClientError, UpstreamProtocolError):
                 return False
         return False
+
+    async def answers(self) -> bool:
+        """Return whether `/health` answers, which does not show that the upstream generates."""
+        try:
+            return not is_failure((await self._ask("GET", "/health"))[0])
+        except (aiohttp.ClientError, TimeoutError, UpstreamProtocolError):
+            return False
 
     async def _generates(self) -> bool:
         """Return whether the upstream generates. Raises TimeoutError, ClientError or UpstreamProtocolError."""

@@ -7,9 +7,8 @@ import json
 import re
 from typing import Any, Final, NoReturn
 
-import aiohttp
-
 from proxy.errors import UpstreamProtocolError
+from proxy.upstream.pooled_request import UpstreamResponse
 
 MIN_BODY_BYTES: Final = 2**20
 """Bytes of a response that are always accepted, whatever was requested."""
@@ -26,7 +25,7 @@ class BodyTooLong(UpstreamProtocolError):
     """A response body exceeds its size limit."""
 
 
-async def read_body(response: aiohttp.ClientResponse, max_bytes: int, seconds: float | None = None) -> bytes:
+async def read_body(response: UpstreamResponse, max_bytes: int, seconds: float | None = None) -> bytes:
     """Return the body of `response`. Raises BodyTooLong, TimeoutError or ClientError.
 
     A body of more than `max_bytes` is not read to its end.
@@ -40,6 +39,14 @@ async def read_body(response: aiohttp.ClientResponse, max_bytes: int, seconds: f
             if len(body) > max_bytes:
                 raise BodyTooLong(f"the upstream sent more than {max_bytes} bytes")
     return bytes(body)
+
+
+async def read_short_body(response: UpstreamResponse, seconds: float) -> bytes:
+    """Return the body of a response that announced a short one. Raises TimeoutError or ClientError."""
+    if response.content.is_eof():  # it came together with the head
+        return bytes(response.content.read_nowait())
+    async with asyncio.timeout(seconds):
+        return bytes(await response.content.read())
 
 
 def parse_object(payload: bytes) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from contextlib import AbstractAsyncContextManager
 from copy import copy
 from functools import partial
 from http import HTTPStatus
+from types import MappingProxyType
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -21,6 +22,7 @@ import aiohttp
 
 from proxy.errors import (
     UpstreamCircuitOpen,
+    UpstreamDisconnected,
     UpstreamError,
     UpstreamProtocolError,
     UpstreamRefused,
@@ -28,10 +30,12 @@ from proxy.errors import (
     UpstreamUnreachable,
     detail,
 )
+from proxy.tested_versions import has_tested_internals
 from proxy.types import ObservedRequest, UpstreamObserver
 from proxy.upstream import retry
 from proxy.upstream.circuit_breaker import BackgroundBreaker, Breaker
 from proxy.upstream.health_check import HealthCheck, is_failure
+from proxy.upstream.pooled_request import PooledRequests, UpstreamResponse
 from proxy.upstream.response_body import MAX_PAGE_BYTES, parse_object, read_body
 
 logger = logging.getLogger(__name__)
@@ -41,7 +45,7 @@ CHECK_S: Final = 5.0
 OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
 """Connection errors caused by this machine, which has no resources for another connection."""
 
-_Send = Callable[[], Awaitable[aiohttp.ClientResponse]]
+_Send = Callable[[], Awaitable[UpstreamResponse]]
 
 
 class UpstreamTransport:
@@ -69,6 +73,7 @@ class UpstreamTransport:
         self._on_event = on_event  # called with "retried" and "ejected"
         self._retry_budget = retry.RetryBudget()
         self._health_check = HealthCheck(self._url, session)
+        self._pooled = PooledRequests(self._url, session, self._timeout) if has_tested_internals("aiohttp") else None
         self._checking: asyncio.Task[None] | None = None
 
     def for_background(self) -> UpstreamTransport:
@@ -94,6 +99,10 @@ class UpstreamTransport:
     async def check(self, seconds: float | None = None) -> None:
         """Run a health check, or join the one under way. Returns after `seconds` at the latest."""
         await asyncio.wait([self._begin_check()], timeout=seconds)
+
+    async def answers(self) -> bool:
+        """Return whether the upstream answers at all, also while the circuit breaker is open."""
+        return await self._health_check.answers()
 
     def _begin_check(self) -> asyncio.Task[None]:
         if self._checking is None or self._checking.done():
@@ -125,18 +134,38 @@ class UpstreamTransport:
         is_check: bool = False,
         counts_success: bool = True,
         is_observed: bool = True,
-        **content: Any,
+        encode: Callable[[], bytes] | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> _Exchange:
         """Return a context manager around the upstream's response. Leaving it closes an unread response.
 
         A check is not retried, does not count for the circuit breaker and is not observed. With `counts_success=False`
-        a success does not reset the breaker's count of failures: it does not prove that generation works.
+        a success does not reset the breaker's count of failures: it does not prove that generation works. `encode`
+        builds the body. It is called for each attempt, so that a large body is not kept until the response ends.
         """
-        timeout = self._check_timeout if is_check else self._timeout
-        url = self._url + path
-        send = partial(self._session.request, method, url, timeout=timeout, allow_redirects=False, **content)
+        if is_check or self._pooled is None:
+            timeouts = self._check_timeout if is_check else self._timeout
+            send = partial(self._send_request, method, path, encode, headers=headers, timeouts=timeouts)
+        else:
+            send = partial(self._pooled.send, method, path, encode, headers=headers)
         observed_path = path if is_observed and not is_check else ""
         return _Exchange(self, send, is_check, counts_success and not is_check, method, observed_path)
+
+    async def _send_request(
+        self,
+        method: str,
+        path: str,
+        encode: Callable[[], bytes] | None,
+        *,
+        headers: Mapping[str, str],
+        timeouts: aiohttp.ClientTimeout,
+    ) -> UpstreamResponse:
+        """Send a request through aiohttp's session."""
+        body = None if encode is None else encode()
+        url = self._url + path
+        return await self._session.request(
+            method, url, data=body or None, headers=headers, timeout=timeouts, allow_redirects=False
+        )
 
     async def request_json(
         self,
@@ -149,18 +178,24 @@ class UpstreamTransport:
         max_bytes: int,
     ) -> dict[str, Any]:
         """Send the JSON `body` and return the JSON object of the response, of at most `max_bytes`."""
-        flags = {"is_check": is_check, "counts_success": False, "is_observed": is_observed}
-        content: dict[str, Any] = {}
-        if body is not None:
-            content = {"data": body, "headers": {"content-type": "application/json"}}
-        async with self.request(method, path, **flags, **content) as response:
+        encode = None if body is None else lambda: body
+        headers = {} if body is None else {"content-type": "application/json"}
+        async with self.request(
+            method,
+            path,
+            is_check=is_check,
+            counts_success=False,
+            is_observed=is_observed,
+            encode=encode,
+            headers=headers,
+        ) as response:
             await self.raise_for_status(response)
             reply = self.parse(await read_body(response, max_bytes, self.read_timeout_s))
             if reply.get("error"):
                 raise self.refusal(response.status, reply)
         return reply
 
-    async def send(self, send: _Send, *, is_check: bool) -> aiohttp.ClientResponse:
+    async def send(self, send: _Send, *, is_check: bool) -> UpstreamResponse:
         """Send a request and return the response, with its body unread. Retries as `retry.py` says.
 
         Raises UpstreamCircuitOpen, or what aiohttp raises.
@@ -211,7 +246,7 @@ class UpstreamTransport:
 
     # Errors
 
-    def check_head(self, response: aiohttp.ClientResponse) -> None:
+    def check_head(self, response: UpstreamResponse) -> None:
         """Raise UpstreamProtocolError for a response that can neither be read nor forwarded."""
         encoding = response.headers.get("content-encoding", "identity").lower()
         if encoding != "identity":
@@ -231,9 +266,13 @@ class UpstreamTransport:
             return UpstreamTimeout(f"upstream {self.display_url} sent no data in time")
         if isinstance(error, aiohttp.ClientConnectorError):
             return UpstreamUnreachable(f"cannot connect to upstream {self.display_url}: {error.strerror}")
-        return self.protocol_error(f"broke the connection: {type(error).__name__}")
+        is_broken = isinstance(
+            error, aiohttp.ClientConnectionError | aiohttp.ClientPayloadError | asyncio.IncompleteReadError
+        )
+        kind = UpstreamDisconnected if is_broken else UpstreamProtocolError
+        return kind(f"upstream {self.display_url} broke the connection: {type(error).__name__}")
 
-    async def raise_for_status(self, response: aiohttp.ClientResponse) -> None:
+    async def raise_for_status(self, response: UpstreamResponse) -> None:
         """Raise UpstreamRefused or UpstreamProtocolError for a response with an error status."""
         if response.status >= HTTPStatus.BAD_REQUEST:
             body = await read_body(response, MAX_PAGE_BYTES, self.read_timeout_s)
@@ -262,7 +301,7 @@ class UpstreamTransport:
         return UpstreamRefused(status, message, param=param if isinstance(param, str) else None)
 
 
-class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
+class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
     """One request and its response. Its outcome is reported to the circuit breaker and the observer."""
 
     def __init__(
@@ -281,14 +320,14 @@ class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
         self._method = method
         self._observed_path = observed_path  # empty if the request is not observed
         self._observed: ObservedRequest | None = None
-        self._response: aiohttp.ClientResponse | None = None
+        self._response: UpstreamResponse | None = None
 
-    async def __aenter__(self) -> aiohttp.ClientResponse:
+    async def __aenter__(self) -> UpstreamResponse:
         if self._observed_path:
             observed = self._transport.observer.request(self._method, self._observed_path)
             if observed is not None:
                 self._observed = observed
-                self._send = partial(self._send, headers={**self._send.keywords.get("headers", {}), **observed.headers})
+                self._send = partial(self._send, headers={**self._send.keywords["headers"], **observed.headers})
         try:
             self._response = await self._transport.send(self._send, is_check=self._is_check)
         except BaseException as error:
@@ -320,6 +359,8 @@ class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
         is_foreign = isinstance(error, aiohttp.ClientError | TimeoutError | asyncio.IncompleteReadError)
         is_mappable = is_foreign or isinstance(error, ValueError)
         mapped = transport.map_error(error) if is_mappable and isinstance(error, Exception) else error
+        if isinstance(mapped, UpstreamDisconnected):
+            mapped.is_unanswered = response is None and isinstance(error, retry.NO_RESPONSE_ERRORS)
         if self._observed is not None:
             self._observed.on_end(None if response is None else response.status, mapped)
         is_failed = is_foreign or (response is not None and response.ok and _is_upstream_fault(error))

@@ -7,17 +7,14 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
-import aiohttp
-
 from proxy.upstream.embedded import free_port
-from tests.bench.generator import BODY, CONNECTIONS, STREAMS, Figures
+from tests.bench.generator import CONNECTIONS, STREAMS, Figures
 from tests.bench.peers import Peer, PeerMissing
 from tests.bench.rows import Row, Size, spread
+from tests.bench.servers import ServerFailed, own_module, own_proxy, served, terminate
 
 ROUNDS: Final = 3
 LOAD: Final = ("--seconds", "2", "--alone", "400", "--each", "8", "--warm", "1")
@@ -25,7 +22,7 @@ QUICK_LOAD: Final = ("--seconds", "0.3", "--alone", "20", "--each", "1", "--warm
 PEER_LOAD: Final = ("--seconds", "2", "--alone", "30", "--each", "1", "--warm", "0")
 """Smaller load for peers, whose two hundred streams take seconds. The first round is a warm-up."""
 LIMIT_S: Final = 90
-"""Time limit of one round on a server, and of its start."""
+"""Time limit of one round on a server."""
 
 
 class Measured(NamedTuple):
@@ -34,38 +31,41 @@ class Measured(NamedTuple):
     direct: Figures
     bare: Figures
     proxy: Figures
-    # Figures of direct, bare and proxy by round. The fields above are their medians.
+    plain_proxy: Figures  # the proxy without the dashboard
+    two_workers: Figures  # the same with two worker processes
+    # Figures of the servers above by round. The fields above are their medians.
     rounds: Sequence[Sequence[Figures]]
     peers: Mapping[str, Figures | str]  # by name; a text says why a peer could not be measured
-
-
-class ServerFailed(Exception):
-    """A server did not start, or returned an invalid response."""
 
 
 async def measured(size: Size, peers: Sequence[Peer] = ()) -> Measured:
     """Measure the servers in turn for several rounds, then each peer alone so that it slows down no other server."""
     load = QUICK_LOAD if size.is_quick else LOAD
-    async with _own("-m", "tests.bench.null", "backend") as backend:
+    async with own_module("tests.bench.null", "backend") as backend:
         async with (
-            _own("-m", "tests.bench.null", "bare", upstream=backend) as bare,
-            _own("-m", "proxy.cli", "serve", upstream=backend) as proxy,
+            own_module("tests.bench.null", "bare", backend.url) as bare,
+            own_proxy(backend.url) as proxy,
+            own_proxy(backend.url, {"ui": "false"}) as plain_proxy,
+            own_proxy(backend.url, {"workers": "2"}) as two_workers,
         ):
-            rounds = [
-                [await _measure(url, load) for url in (backend, bare, proxy)] for _ in range(size.pick(ROUNDS, 1))
-            ]
-        direct, plain, ours = (_median(figures) for figures in zip(*rounds, strict=True))
-        return Measured(direct, plain, ours, rounds, {str(peer): await _measure_peer(peer, backend) for peer in peers})
+            servers = (backend, bare, proxy, plain_proxy, two_workers)
+            rounds = [[await _measure(server.url, load) for server in servers] for _ in range(size.pick(ROUNDS, 1))]
+        medians = [_median(figures) for figures in zip(*rounds, strict=True)]
+        others = {str(peer): await _measure_peer(peer, backend.url) for peer in peers}
+        direct, plain, ours, without, doubled = medians
+        return Measured(direct, plain, ours, without, doubled, rounds, others)
 
 
 def rows(results: Measured) -> list[Row]:
     """Return the benchmarks of forwarding."""
-    direct, plain, ours, rounds, _ = results
-    rates = [mine.rate / other.rate for _, other, mine in rounds]
-    added = [mine.alone_ms - other.alone_ms for other, _, mine in rounds]
-    of_direct = [mine.streams / other.streams for other, _, mine in rounds]
-    of_bare = [mine.streams / other.streams for _, other, mine in rounds]
-    first = [mine.first_ms - other.first_ms for other, _, mine in rounds]
+    direct, plain, ours, without, doubled, rounds, _ = results
+    rates = [mine.rate / other.rate for _, other, mine, *_ in rounds]
+    added = [mine.alone_ms - other.alone_ms for other, _, mine, *_ in rounds]
+    of_direct = [mine.streams / other.streams for other, _, mine, *_ in rounds]
+    of_bare = [mine.streams / other.streams for _, other, mine, *_ in rounds]
+    first = [mine.first_ms - other.first_ms for other, _, mine, *_ in rounds]
+    of_without = [mine.rate / other.rate for *_, mine, other, _ in rounds]
+    of_single = [mine.rate / other.rate for *_, other, mine in rounds]
     return [
         Row(
             f"forwarding, {CONNECTIONS} connections",
@@ -89,6 +89,20 @@ def rows(results: Measured) -> list[Row]:
             f"direct: {direct.first_ms:.0f} ms; bare FastAPI: {plain.first_ms:.0f} ms",
             f"{ours.first_ms - direct.first_ms:+.0f} ms",
             spread(first, 0),
+        ),
+        Row(
+            f"forwarding with the dashboard, {CONNECTIONS} connections",
+            f"{ours.rate:,.0f} /s",
+            f"without: {without.rate:,.0f} /s",
+            f"{ours.rate / without.rate:.2f}",
+            spread(of_without),
+        ),
+        Row(
+            f"forwarding by two workers, {CONNECTIONS} connections, {os.cpu_count()} cores for all processes",
+            f"{doubled.rate:,.0f} /s",
+            f"one: {without.rate:,.0f} /s",
+            f"{doubled.rate / without.rate:.2f}",
+            spread(of_single),
         ),
     ]
 
@@ -136,52 +150,10 @@ async def _measure_peer(peer: Peer, backend: str) -> Figures | str:
     port = free_port()
     try:
         await peer.install()
-        async with _served(port, peer.serve(peer.folder, port, backend), peer.environment(), peer.folder) as url:
-            return _median([await _measure(url, PEER_LOAD) for _ in range(ROUNDS)])
+        async with served(port, peer.serve(peer.folder, port, backend), peer.environment(), peer.folder) as server:
+            return _median([await _measure(server.url, PEER_LOAD) for _ in range(ROUNDS)])
     except (PeerMissing, ServerFailed) as error:
         return str(error)
-
-
-@asynccontextmanager
-async def _own(*module: str, upstream: str | None = None) -> AsyncIterator[str]:
-    """Run a server of this project and yield its URL."""
-    port = free_port()
-    if module[-1] == "serve":
-        arguments = ["--port", str(port), "--upstream", str(upstream), "--no-record"]
-    else:
-        arguments = [str(port), *([] if upstream is None else [upstream])]
-    environment = os.environ | {"COVERAGE_PROCESS_START": ""}
-    async with _served(port, [sys.executable, *module, *arguments], environment) as url:
-        yield url
-
-
-@asynccontextmanager
-async def _served(
-    port: int, command: Sequence[str], environment: Mapping[str, str], folder: Path | None = None
-) -> AsyncIterator[str]:
-    quiet = asyncio.subprocess.DEVNULL
-    process = await asyncio.create_subprocess_exec(*command, stdout=quiet, stderr=quiet, env=environment, cwd=folder)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        await _wait_until_ready(url, process)
-        yield url
-    finally:
-        await _terminate(process)
-
-
-async def _wait_until_ready(url: str, process: asyncio.subprocess.Process) -> None:
-    loop = asyncio.get_running_loop()
-    end = loop.time() + LIMIT_S
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(10)) as http:
-        while loop.time() < end and process.returncode is None:
-            try:
-                async with http.post(f"{url}/v1/chat/completions", json=BODY) as response:
-                    if response.status == 200:
-                        return
-            except (aiohttp.ClientError, TimeoutError):
-                pass
-            await asyncio.sleep(0.1)
-    raise ServerFailed("the server did not start")
 
 
 async def _measure(url: str, load: Sequence[str]) -> Figures:
@@ -191,22 +163,12 @@ async def _measure(url: str, load: Sequence[str]) -> Figures:
         sys.executable, "-m", "tests.bench.generator", url, *load, stdout=pipe, stderr=pipe
     )
     try:
-        output, errors = await asyncio.wait_for(process.communicate(), LIMIT_S)
+        async with asyncio.timeout(LIMIT_S):
+            output, errors = await process.communicate()
     except TimeoutError:
         raise ServerFailed(f"no response within {LIMIT_S} s") from None
     finally:
-        await _terminate(process)
+        await terminate(process)
     if process.returncode:
         raise ServerFailed((output or errors).decode().strip().rpartition("\n")[2])
     return Figures(**json.loads(output))
-
-
-async def _terminate(process: asyncio.subprocess.Process) -> None:
-    """End a process: by SIGTERM, or after ten seconds by SIGKILL."""
-    if process.returncode is None:
-        process.terminate()
-        try:
-            await asyncio.wait_for(process.wait(), 10)
-        except TimeoutError:
-            process.kill()
-            await process.wait()

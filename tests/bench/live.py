@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 
 import aiohttp
 
@@ -15,7 +16,9 @@ from discovery.answers import parse_kind
 from proxy.environment.live_environment import LiveEnvironment
 from proxy.types import Call, EnvironmentLimits, Prompt
 from proxy.upstream.client import UpstreamClient
+from proxy.upstream.embedded import EmbeddedServer
 from tests.bench.rows import Row, Size, median_ratio
+from tests.bench.servers import chat
 from tests.fakes import ScriptedEnvironment, chain
 
 MODEL = "autotts-tiny"
@@ -35,29 +38,39 @@ class Lockstep:
         return [advance(i) for i in state.active] or [answer(state.leader())]
 
 
+@asynccontextmanager
+async def embedded_model(size: Size) -> AsyncIterator[str]:
+    """Yield the URL of a vLLM with the embedded model: the one of the run, or else one that is started for it."""
+    if size.upstream:
+        yield size.upstream
+        return
+    async with EmbeddedServer() as server:
+        yield server.url
+
+
 async def rows(vllm: str, proxy: str, http: aiohttp.ClientSession, size: Size) -> list[Row]:
     """Return the benchmarks of the live path; compared measurements alternate."""
     engine = UpstreamClient(vllm, http)
     ids = await engine.tokenise_chat({"model": MODEL, "messages": [{"role": "user", "content": QUESTION}]})
-    raw, through, stepped = await _alternate(
+    raw, through, stepped = await alternate(
         lambda: _raw(engine, ids),
         lambda: _through(http, proxy),
         lambda: _stepped(engine, ids),
         repeats=size.pick(REPEATS, 1),
     )
-    direct, forwarded = await _alternate(
+    direct, forwarded = await alternate(
         lambda: _completion(http, vllm, ids), lambda: _completion(http, proxy, ids), repeats=size.pick(200, 5)
     )
     decision = await _decision(size.pick(20, 1))
     return [
-        _row(f"SC@{BRANCHES} through the proxy, tokens/s", through, raw, "one raw request, n=16"),
-        _row(f"lockstep x{BRANCHES}, Δ={INTERVAL}, tokens/s", stepped, raw, "one raw request, n=16"),
-        _row("forwarding of a one-token completion, p50 ms", forwarded, direct, "direct", 1000),
+        ratio_row(f"SC@{BRANCHES} through the proxy, tokens/s", through, raw, "one raw request, n=16"),
+        ratio_row(f"lockstep x{BRANCHES}, Δ={INTERVAL}, tokens/s", stepped, raw, "one raw request, n=16"),
+        ratio_row("forwarding of a one-token completion, p50 ms", forwarded, direct, "direct", 1000),
         Row("decision of cmc at β = 1, p50 µs", f"{1e6 * decision:,.0f}", "", ""),
     ]
 
 
-def _row(bench: str, measured: Sequence[float], compared: Sequence[float], name: str, scale: float = 1) -> Row:
+def ratio_row(bench: str, measured: Sequence[float], compared: Sequence[float], name: str, scale: float = 1) -> Row:
     """Return a row of two alternating measurements; `name` describes the second one."""
     mine, other = (scale * statistics.median(figures) for figures in (measured, compared))
     digits = 0 if mine > 100 else 2
@@ -65,7 +78,7 @@ def _row(bench: str, measured: Sequence[float], compared: Sequence[float], name:
     return Row(bench, f"{mine:,.{digits}f}", f"{other:,.{digits}f} {name}", *ratios)
 
 
-async def _alternate(*measures: Callable[[], Awaitable[float]], repeats: int) -> list[list[float]]:
+async def alternate(*measures: Callable[[], Awaitable[float]], repeats: int) -> list[list[float]]:
     """Alternate measurements, so that disturbances affect all of them. The first turn is a warm-up and is dropped."""
     taken: list[list[float]] = [[] for _ in measures]
     for turn in range(repeats + 1):
@@ -95,8 +108,7 @@ async def _through(http: aiohttp.ClientSession, proxy: str) -> float:
         "tts": {"beta": beta, "controller": "self_consistency", "answer": "boxed"},
     }
     started = time.perf_counter()
-    async with http.post(f"{proxy}/v1/chat/completions", json=body) as response:
-        reply = await response.json()
+    reply = await chat(http, proxy, body)
     return float(reply["usage"]["completion_tokens"]) / (time.perf_counter() - started)
 
 

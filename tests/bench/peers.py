@@ -1,4 +1,8 @@
-"""Other proxies that are measured as plain forwarders. Each is installed in its own virtual environment."""
+"""Programs that need other versions of packages, each in its own virtual environment.
+
+Proxies are measured as plain forwarders (`edge.py`), and what scales test-time compute is compared with the controllers
+(`rivals.py`). The clients of agents are tested against the proxy.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,9 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 ROOT: Final = Path(sys.prefix) / "peers"
 
@@ -18,15 +23,14 @@ class PeerMissing(Exception):
     """A peer cannot be installed."""
 
 
-class Peer(NamedTuple):
-    """A proxy from PyPI."""
+@dataclass(frozen=True)
+class PeerEnvironment:
+    """A virtual environment with packages from PyPI."""
 
     name: str
     # Arguments of pip, one tuple per call. The last call installs the peer itself.
     installs: tuple[tuple[str, ...], ...]
-    # Returns the command that serves, given the environment's folder, the port and the backend's URL.
-    serve: Callable[[Path, int, str], list[str]]
-    variables: Mapping[str, str]
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.name} {self.installs[-1][-1].rpartition('==')[2]}"
@@ -35,6 +39,11 @@ class Peer(NamedTuple):
     def folder(self) -> Path:
         """Folder of its virtual environment."""
         return ROOT / self.name.lower()
+
+    @property
+    def python(self) -> Path:
+        """Python of its virtual environment."""
+        return self.folder / "bin" / "python"
 
     def environment(self) -> dict[str, str]:
         """Return its environment variables. Only PATH is inherited, so that API keys of the user have no effect."""
@@ -51,6 +60,14 @@ class Peer(NamedTuple):
         for packages in self.installs:
             await _run(pip, "--disable-pip-version-check", "install", "--quiet", *packages)
         stamp.write_text(repr(self.installs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer(PeerEnvironment):
+    """A proxy from PyPI."""
+
+    # Returns the command that serves, given the environment's folder, the port and the backend's URL.
+    serve: Callable[[Path, int, str], list[str]]
 
 
 async def _run(*command: str) -> None:
@@ -92,31 +109,49 @@ OPTILLM_IMPORTS: Final = (
 """Packages that optillm's server imports. Its full requirements, with torch, are ten times as large; its speed is
 the same with them."""
 
+
+def _vllm_router(folder: Path, port: int, backend: str) -> list[str]:
+    address = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(port + 1)]
+    return [str(folder / "bin" / "vllm-router"), *address, "--worker-urls", backend, "--log-level", "error"]
+
+
+OPTILLM: Final = Peer(
+    "optillm",
+    (OPTILLM_IMPORTS, ("--no-deps", "optillm==0.4.0")),
+    serve=_optillm,
+    variables={"OPENAI_API_KEY": "unused"},
+)
+ITS_HUB: Final = PeerEnvironment("its_hub", (("its_hub[lm]==1.2.0",),))
+"""A library of algorithms for test-time scaling, whose self-consistency is compared with the controllers."""
 PEERS: Final = (
     Peer(
         "LiteLLM",
         (("litellm[proxy]==1.106.12",),),
-        _litellm,
-        {
+        serve=_litellm,
+        variables={
             "LITELLM_MODE": "PRODUCTION",
             "LITELLM_LOG": "ERROR",
             "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # otherwise it downloads prices
             "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",  # only this machine can reach it
         },
     ),
-    Peer(
-        "optillm",
-        (OPTILLM_IMPORTS, ("--no-deps", "optillm==0.4.0")),
-        _optillm,
-        {"OPENAI_API_KEY": "unused"},
-    ),
+    OPTILLM,
+    Peer("vllm-router", (("vllm-router==0.1.17",),), serve=_vllm_router),
 )
+
+AGENT_CLIENTS: Final = PeerEnvironment(
+    "agent-clients",
+    (("instructor==1.17.0", "openai-agents==0.24.0"),),
+    {"OPENAI_AGENTS_DISABLE_TRACING": "1"},
+)
+"""Clients that need other versions of rich and mcp than vLLM does."""
+ALL: Final[tuple[PeerEnvironment, ...]] = (*PEERS, AGENT_CLIENTS, ITS_HUB)
 
 
 def main(names: Sequence[str]) -> int:
-    """Install the named peers, or all. Print why one cannot be installed, and return exit status 1 then."""
+    """Install the named environments, or all. Print why one cannot be installed, and return exit status 1 then."""
     status = 0
-    for peer in PEERS:
+    for peer in ALL:
         if not names or peer.name in names:
             try:
                 asyncio.run(peer.install())

@@ -15,13 +15,14 @@ import aiohttp
 
 from controllers import Advanced, Probed, Round, advance, branch, probe
 from discovery.data.packed_rounds import pack_rounds
-from discovery.store import ServedEpisode
+from discovery.store import ServedEpisode, StorePlace
 from proxy.recording.store_writer import StoreWriter
 from proxy.server import running
 from proxy.settings import load
 from proxy.telemetry.metrics import Metrics
 from tests.bench.rows import Row, Size
 from tests.fakes import MODEL, FakeVLLM, chain
+from tests.postgres_server import running_server
 
 PRODUCERS = 64
 EACH = 300
@@ -36,24 +37,29 @@ HERE = Path(__file__).parent
 
 async def rows(size: Size) -> list[Row]:
     """Return the benchmarks of the recorder."""
-    return [await _acknowledged(size.pick(EACH, 5)), await _added(size.pick(TURNS, 1), size.pick(REQUESTS, 4))]
-
-
-async def _acknowledged(each: int) -> Row:
-    """Measure episodes of six rounds with eight branches; each producer waits until one is on disk before the next."""
+    each = size.pick(EACH, 5)
     with tempfile.TemporaryDirectory(dir=HERE) as folder:
-        async with _recording(Path(folder) / "bench.db") as recorder:
-            await _produce(recorder, "warm", 10)
-            began = time.perf_counter()
-            await asyncio.gather(*(_produce(recorder, str(number), each) for number in range(PRODUCERS)))
-            seconds = time.perf_counter() - began
+        in_file = await _acknowledged("SQLite synchronous=FULL", Path(folder) / "bench.db", Path(folder), each)
+        with running_server(is_synced=True) as server:
+            in_server = await _acknowledged("PostgreSQL", server.create_database(), Path(folder), each)
+    return [in_file, in_server, await _added(size.pick(TURNS, 1), size.pick(REQUESTS, 4))]
+
+
+async def _acknowledged(database: str, place: StorePlace, folder: Path, each: int) -> Row:
+    """Measure episodes of six rounds with eight branches; each producer waits until one is on disk before the next."""
+    async with recording(place, folder / f"{database}.spill") as recorder:
+        await _produce(recorder, "warm", 10)
+        began = time.perf_counter()
+        await asyncio.gather(*(_produce(recorder, str(number), each) for number in range(PRODUCERS)))
+        seconds = time.perf_counter() - began
     rate = PRODUCERS * each / seconds
-    return Row("episodes acknowledged, SQLite synchronous=FULL", f"{rate:,.0f} /s", f"{PRODUCERS} producers", "")
+    return Row(f"episodes acknowledged, {database}", f"{rate:,.0f} /s", f"{PRODUCERS} producers", "")
 
 
 @asynccontextmanager
-async def _recording(path: Path) -> AsyncIterator[StoreWriter]:
-    recorder = StoreWriter(load(upstream="http://127.0.0.1:1", store=path), Metrics())
+async def recording(place: StorePlace, spill: Path) -> AsyncIterator[StoreWriter]:
+    """Yield a recorder that writes to a store, with a spill file."""
+    recorder = StoreWriter(load(upstream="http://127.0.0.1:1", store=place, spill=spill), Metrics())
     await recorder.open()
     try:
         yield recorder

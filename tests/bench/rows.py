@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -18,13 +19,21 @@ class Row(NamedTuple):
 
 
 class Size(NamedTuple):
-    """Size of a benchmark run."""
+    """Size of a benchmark run, and the server that it measures."""
 
     is_quick: bool = False
+    upstream: str = ""  # URL of a vLLM with the embedded model; if empty, each part starts one
+    plots: Path = Path("build")  # folder that pictures are written to
+    episodes: int = 0  # one more size of the store whose growth is measured; 0: none
 
     def pick(self, full: int, quick: int) -> int:
         """Return `full`, or `quick` in a quick run."""
         return quick if self.is_quick else full
+
+
+def percentile(figures: Sequence[float], percent: int) -> float:
+    """Return a percentile, which is one of the figures; 0 if there are none."""
+    return sorted(figures)[percent * (len(figures) - 1) // 100] if figures else 0.0
 
 
 def median_ratio(measured: Sequence[float], compared: Sequence[float]) -> tuple[str, str]:

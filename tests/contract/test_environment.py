@@ -29,13 +29,18 @@ from controllers import (
     run_episode,
 )
 from controllers.builtin import BUILT_IN, create
+from controllers.loading import Spec
 from discovery.answers import read_answer
 from discovery.data.recordings import RecordedBranch, RecordedQuestion, intern_answers
 from discovery.evaluation.replay import ReplayEnvironment
 from proxy.environment.live_environment import LiveEnvironment
+from proxy.environment.reply_environment import ReplyEnvironment
 from proxy.probe_templates import LEAD, TEMPLATES, Family
-from proxy.types import EnvironmentLimits, Prompt
+from proxy.reply_request import ReplyRequest
+from proxy.types import EnvironmentLimits, Model, Prompt
 from proxy.upstream.client import UpstreamClient
+from tests.breaking_fake import breaking_fleet
+from tests.chat_fake import SEED, ChatVLLM, reply_of
 from tests.fakes import LONGEST_CLOSING, MODEL, Chain, FakeVLLM, Scripted, ScriptedEnvironment, chain
 
 INTERVAL = 40
@@ -61,6 +66,29 @@ async def live(chains: Sequence[Chain]) -> AsyncIterator[Environment]:
 
 
 @asynccontextmanager
+async def continued(chains: Sequence[Chain]) -> AsyncIterator[Environment]:
+    """Yield an environment over replicas each of whose calls breaks off, and is continued by another one."""
+    async with breaking_fleet(chains, INTERVAL) as (engine, fakes):
+        ids = await engine.tokenise_chat({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]})
+        world = LiveEnvironment(engine, Prompt(MODEL, ids, "", {}), EnvironmentLimits(INTERVAL, 10_000, PROBE))
+        yield world
+        assert fakes[0].broken
+        assert world.meter.aborted_tokens == 0  # no token was generated twice
+
+
+@asynccontextmanager
+async def replies(chains: Sequence[Chain]) -> AsyncIterator[Environment]:
+    async with ChatVLLM([*map(reply_of, chains)]).serve() as backend, aiohttp.ClientSession() as session:
+        prompt, request = Prompt(MODEL, (), "", {}, seed=SEED), ReplyRequest({"model": MODEL, "messages": []}, {})
+        limits = EnvironmentLimits(INTERVAL, 10_000, 0)
+        world = ReplyEnvironment(UpstreamClient(backend.url, session), Model(MODEL, 10_000), prompt, request, limits)
+        try:
+            yield world
+        finally:
+            await world.close()
+
+
+@asynccontextmanager
 async def replayed(chains: Sequence[Chain]) -> AsyncIterator[Environment]:
     branches = [_recorded(chain) for chain in chains]
     recorded = RecordedQuestion("hi", MODEL, "chains", INTERVAL, branches, "7")
@@ -80,7 +108,9 @@ def _written(text: str) -> str | None:
     return None if answer is None else answer.written
 
 
-ENVIRONMENTS: dict[str, Factory] = {"scripted": scripted, "live": live, "replay": replayed}
+PROBING: dict[str, Factory] = {"scripted": scripted, "live": live, "continued": continued, "replay": replayed}
+"""Environments with probes."""
+ENVIRONMENTS: dict[str, Factory] = {**PROBING, "replies": replies}
 
 CHAINS = [
     chain("7", 130, ["1", "7"], mark="a"),
@@ -95,9 +125,14 @@ def environment(request: pytest.FixtureRequest) -> Factory:
     return ENVIRONMENTS[request.param]
 
 
+@pytest.fixture(params=PROBING)
+def probing(request: pytest.FixtureRequest) -> Factory:
+    return PROBING[request.param]
+
+
 async def play(factory: Factory, controller: object, chains: Sequence[Chain] = CHAINS) -> tuple[State, list[Round]]:
     rounds: list[Round] = []
-    state = State(Limits(INTERVAL))
+    state = State(Limits(INTERVAL, has_probes=factory in PROBING.values()))
     async with factory(chains) as world:
         await run_episode(controller, world, state, lambda _, r: rounds.append(r))  # type: ignore[arg-type]
     return state, [Round(list(r.actions), list(r.facts)) for r in rounds]
@@ -117,7 +152,14 @@ async def test_opening_branches_runs_their_first_interval(environment: Factory) 
 
 async def test_facts_are_in_action_order_and_labels_in_order_of_first_reveal(environment: Factory) -> None:
     _, rounds = await play(
-        environment,
+        environment, Scripted([branch(), branch(), branch()], [advance(2, 9), advance(1), advance(0)])
+    )
+    assert rounds[1].facts == [Advanced(2, 7, 260, True, 0), Advanced(1, 1, 30, True, 1), Advanced(0, 1, 40, False)]
+
+
+async def test_facts_of_probes_are_in_action_order_too(probing: Factory) -> None:
+    _, rounds = await play(
+        probing,
         Scripted([branch(), branch(), branch()], [probe(2), advance(1), probe(0)], [advance(0), probe(0), advance(2)]),
     )
     assert rounds[1].facts == [
@@ -132,9 +174,18 @@ async def test_facts_are_in_action_order_and_labels_in_order_of_first_reveal(env
     ]
 
 
-async def test_actions_of_one_branch_run_in_list_order(environment: Factory) -> None:
+async def test_advances_of_one_branch_run_in_list_order(environment: Factory) -> None:
+    _, rounds = await play(environment, Scripted([branch(), advance(0, 2), advance(0)]))
+    assert [fact for round_ in rounds for fact in round_.facts] == [
+        Advanced(0, 1, 40, False),
+        Advanced(0, 2, 80, False),
+        Advanced(0, 1, 10, True, 0),
+    ]
+
+
+async def test_actions_of_one_branch_run_in_list_order(probing: Factory) -> None:
     _, rounds = await play(
-        environment, Scripted([branch(), probe(0), advance(0), probe(0), advance(0), probe(0), advance(0)])
+        probing, Scripted([branch(), probe(0), advance(0), probe(0), advance(0), probe(0), advance(0)])
     )
     in_answer = PROBE_COST - len(LONGEST_CLOSING) + len("\n\n")  # the reasoning is closed by then
     assert rounds[0].facts == [
@@ -148,8 +199,13 @@ async def test_actions_of_one_branch_run_in_list_order(environment: Factory) -> 
     ]
 
 
-async def test_actions_on_a_finished_branch_cost_nothing(environment: Factory) -> None:
-    _, rounds = await play(environment, Scripted([branch(4), advance(0), probe(0)]))
+async def test_an_advance_of_a_finished_branch_costs_nothing(environment: Factory) -> None:
+    _, rounds = await play(environment, Scripted([branch(4), advance(0)]))
+    assert rounds[0].facts == [Advanced(0, 4, 130, True, 0), Advanced(0, 0, 0, True, 0)]
+
+
+async def test_actions_on_a_finished_branch_cost_nothing(probing: Factory) -> None:
+    _, rounds = await play(probing, Scripted([branch(4), advance(0), probe(0)]))
     assert rounds[0].facts == [Advanced(0, 4, 130, True, 0), Advanced(0, 0, 0, True, 0), Probed(0, 0, 0)]
 
 
@@ -171,7 +227,8 @@ def many_chains(seed: int) -> list[Chain]:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(list(BUILT_IN)), beta=st.sampled_from([0.0, 0.2, 0.6]), seed=st.integers(0, 99))
 async def test_every_controller_plays_the_same_episode_in_every_environment(name: str, beta: float, seed: int) -> None:
-    episodes = [await play(factory, create(name, beta), many_chains(seed)) for factory in ENVIRONMENTS.values()]
+    environments = (PROBING if Spec(name).needs_probes else ENVIRONMENTS).values()
+    episodes = [await play(factory, create(name, beta), many_chains(seed)) for factory in environments]
     first, first_rounds = episodes[0]
     for state, rounds in episodes[1:]:
         assert rounds == first_rounds

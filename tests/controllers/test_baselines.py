@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from controllers import (
+    TO_END,
     BetaError,
     Controller,
     State,
@@ -17,12 +18,10 @@ from controllers import (
     Verb,
     advance,
     branch,
-    probe,
     run_episode,
     run_sync,
 )
 from controllers.baselines import CMC, ParallelProbe, SelfConsistency, ShortestFirst
-from controllers.baselines.adaptive_consistency import gain
 from controllers.builtin import ADMIN_ONLY, BUILT_IN, PINNABLE, create, find, is_admin_only
 from controllers.dial import linear
 from tests.fakes import Chain, Eager, ScriptedEnvironment, chain, episode
@@ -116,7 +115,7 @@ def test_an_invalid_beta_is_refused(name: str, beta: float) -> None:
     [
         ("cmcc", f"there are {', '.join(BUILT_IN)}"),
         ("cmcc@8", "no controller 'cmcc@8'"),
-        ("cmc@8", "cmc takes no number of chains; asc, esc"),
+        ("cmc@8", "cmc takes no number of chains; asc, cisc, esc"),
         ("asc@", "from 1 to 1024, not ''"),
         ("asc@x", "from 1 to 1024, not 'x'"),
         ("asc@0", "from 1 to 1024, not '0'"),
@@ -151,26 +150,21 @@ def test_a_chain_count_in_the_name_overrides_beta(name: str) -> None:
         create(f"{name}@5", 2)
 
 
-def test_everything_runs_all_chains_to_their_ends_and_probes_after_each_interval() -> None:
+def test_everything_runs_all_chains_to_their_ends_in_one_round() -> None:
     chains = [chain("7", length, ["", "7"]) for length in (39, 40, 130, 300)]
     state, environment = play("everything@4", 0, chains)
+    assert environment.rounds[:-1] == [[branch(TO_END)] * 4]
     assert [branch.tokens for branch in state.branches] == [one.tokens for one in chains]
     assert all(branch.finished for branch in state.branches)
-    asked = [action.branch for actions in environment.rounds for action in actions if action.verb is Verb.PROBE]
-    assert [asked.count(i) for i in range(4)] == [1, 1, 4, 8]  # the last interval of a chain needs no probe
     assert answered(state, environment) == "7"
 
 
-def test_everything_catches_up_on_a_probe_that_the_cap_delayed() -> None:
-    """A cap reserves worst cases, so a probe that did not fit beside other actions may fit alone one round later."""
-    limits = {"max_tokens": 210, "branch_tokens": 400, "probe_tokens": 30}
-    state, environment = play("everything@2", 0, [chain("7", 400, ["7"]), chain("7", 400, ["7"])], **limits)
-    assert environment.rounds == [
-        [branch(), probe(0), branch(), probe(1)],
-        [advance(0), probe(0), advance(1)],
-        [probe(1)],
-    ]
-    assert (state.stop, state.spent) == (Stop.MAX_TOKENS, 4 * (INTERVAL + 3))
+def test_everything_continues_a_chain_that_the_cap_shortened() -> None:
+    """A cap reserves the longest chain for each, so a chain may fit only after another has ended early."""
+    limits = {"max_tokens": 500, "branch_tokens": 400}
+    state, environment = play("everything@2", 0, [chain("7", 100, ["7"]), chain("7", 390, ["7"])], **limits)
+    assert environment.rounds[:-1] == [[branch(TO_END), branch(2)], [advance(1, TO_END)]]
+    assert (state.stop, state.spent) == (Stop.ANSWERED, 490)
 
 
 def test_esc_stops_at_the_first_unanimous_window() -> None:
@@ -215,53 +209,6 @@ def test_self_consistency_doubles_its_chains_with_each_sixth_of_beta() -> None:
 def test_asc_stops_at_the_first_confidence_above_its_threshold() -> None:
     state, _ = play("asc", 1, [chain("7", 60 + i, mark=chr(97 + i)) for i in range(26)])
     assert state.width == 4  # 31/32 is the first confidence past 0.95
-
-
-def test_adaptive_consistency_stops_on_agreement_and_doubles_its_waves_on_a_split_vote() -> None:
-    agreeing = [chain("7", 60 + i, mark=chr(97 + i)) for i in range(26)]
-    state, environment = play("adaptive_consistency", 1, agreeing)
-    assert (state.width, answered(state, environment)) == (8, "7")
-    split = [chain(str(7 + i % 2), 60 + i % 26, mark=chr(97 + i)) for i in range(64)]
-    state, environment = play("adaptive_consistency", 1, split)
-    assert state.width == 64
-    opened = [sum(action.verb is Verb.BRANCH for action in actions) for actions in environment.rounds]
-    assert [count for count in opened if count] == [8, 8, 16, 32]
-
-
-def test_adaptive_consistency_stops_early_on_scattered_votes() -> None:
-    scattered = [chain(str(i // 2), 80, mark=chr(97 + i)) for i in range(64)]
-    assert play("adaptive_consistency", 0.5, scattered)[0].width == 32
-    assert play("asc@64", 0.5, scattered)[0].width == 64
-
-
-def test_adaptive_consistency_waits_only_for_long_chains_that_can_change_the_vote() -> None:
-    wrong, short, long = chain("9", 60), chain("7", 60), chain("7", 600, mark="z")
-    state, environment = play("adaptive_consistency", 1, [wrong] * 3 + [long] * 5 + [short] * 56)
-    assert answered(state, environment) == "7"
-    assert len(state.finished) == state.width
-    state, environment = play("adaptive_consistency", 1, [wrong] * 7 + [long])
-    assert (answered(state, environment), state.width, len(state.finished)) == ("9", 8, 7)
-
-
-def test_adaptive_consistency_never_spends_more_on_a_question_at_a_smaller_beta() -> None:
-    for seed in range(12):
-        spent = [play("adaptive_consistency", b / 16, crowd(seed), interval=480)[0].spent for b in range(17)]
-        assert spent == sorted(spent)
-
-
-@pytest.mark.parametrize(
-    ("votes", "expected"),
-    [((8, 0, 8, 56), 0.0), ((4, 4, 8, 56), 0.1), ((1, 1, 32, 32), 0.01), ((40, 10, 50, 14), 0.0)],
-)
-def test_the_gain_of_more_chains_equals_a_simulated_mean(votes: tuple[int, int, int, int], expected: float) -> None:
-    first, second, sampled, left = votes
-    rng = random.Random(0)
-    total = sampled + 2
-    p, q = (first + 1) / total, (second + 1) / total
-    spread = ((p + q - (p - q) ** 2) / total * left / (sampled + left)) ** 0.5
-    drawn = [max(0.0, -rng.gauss(p - q, spread)) for _ in range(20_000)]
-    assert gain(*votes) == pytest.approx(sum(drawn) / len(drawn), abs=2e-3)
-    assert gain(*votes) == pytest.approx(expected, abs=0.02)
 
 
 def run(controller: Controller, chains: list[Chain]) -> tuple[object, int]:

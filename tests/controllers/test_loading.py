@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from controllers import BetaError, UnknownController
+from controllers import BetaError, Limits, State, Stop, UnknownController, run_episode, run_sync
+from controllers.builtin import BUILT_IN
 from controllers.errors import BadController
 from controllers.loading import LARGEST, Spec, make, parse_spec
+from tests.fakes import ScriptedEnvironment, chain
 
 GOOD = """
 from __future__ import annotations
@@ -166,3 +168,39 @@ def test_a_file_replaced_while_it_is_read_keeps_its_first_content(
 
     monkeypatch.setattr("controllers.loading.os.open", open_and_replace)
     assert parse_spec(str(path)).source == GOOD
+
+
+@pytest.mark.parametrize(
+    ("source", "needs"),
+    [
+        (GOOD, False),
+        (GOOD.replace("TO_END\n", "TO_END, probe\n", 1), True),
+        (GOOD.replace("TO_END\n", "TO_END, probe as ask\n", 1), True),
+        (GOOD + "import controllers\nask = controllers.probe\n", True),
+        (GOOD + "from controllers import *\n", True),
+        ("def f(:", True),
+    ],
+)
+def test_a_file_that_refers_to_probes_needs_them(source: str, needs: bool) -> None:
+    assert Spec("mine", source).needs_probes is needs
+
+
+def test_built_in_controllers_that_probe_declare_it() -> None:
+    """Each is run where branches cannot be probed: those that do not declare probes never ask for one."""
+    assert {name for name in BUILT_IN if Spec(name).needs_probes} == {
+        "answer_consistency",
+        "cmc",
+        "mars",
+        "parallel_probe",
+    }
+    assert Spec("mars@8").needs_probes
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if not Spec(name).needs_probes])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_a_controller_without_declared_probes_plays_where_there_are_none(name: str, beta: float) -> None:
+    chains = [chain("7" if i % 3 else "8", 40 + 7 * (i % 9), mark=chr(97 + i % 26)) for i in range(64)]
+    state = State(Limits(10, has_probes=False))
+    run_sync(run_episode(make(Spec(name), beta), ScriptedEnvironment(chains, 10), state))
+    assert state.stop is Stop.ANSWERED
+    assert state.answer is not None

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -49,7 +50,7 @@ from controllers.sandbox.exit_reasons import explain_late
 from controllers.sandbox.frames import BadFrame
 from controllers.sandbox.handle import SandboxHandle
 from controllers.sandbox.process_usage import ProcessUsage, ProcessUsageReader
-from controllers.sandbox.proof import AttemptResult, Proof, SandboxLevel
+from controllers.sandbox.proof import AttemptResult, Proof, SandboxLevel, prove
 from controllers.sandbox.seal import ALL_LAYERS, Layer
 from controllers.sandbox.spawner import SandboxSpawner
 from controllers.sandbox.zygote import SPAWN
@@ -74,6 +75,7 @@ STEPPING = HEAD + (
 # Frames
 
 counts = st.integers(0, 1 << 20)
+confidences = st.none() | st.integers(0, 1000)
 labels = st.none() | st.integers(0, 1 << 20)
 actions = st.one_of(
     st.builds(branch, st.sampled_from([1, 2, 99, TO_END])),
@@ -119,12 +121,13 @@ def test_an_encoded_round_decodes_to_the_same_actions_and_facts(
         index = opened if action.verb is Verb.BRANCH else action.branch
         opened += action.verb is Verb.BRANCH
         if action.verb is Verb.PROBE:
-            facts.append(Probed(index, draw.draw(labels), draw.draw(counts)))
+            facts.append(Probed(index, draw.draw(labels), draw.draw(counts), draw.draw(confidences)))
         elif action.verb is not Verb.PRUNE:
             finished = draw.draw(st.booleans())
             label = draw.draw(labels) if finished else None
-            facts.append(Advanced(index, draw.draw(counts), draw.draw(counts), finished, label))
-    codes, known = frames.FactCodes(), [Probed(0, None, 9)]  # a fact of another episode
+            signals = draw.draw(confidences), draw.draw(confidences)
+            facts.append(Advanced(index, draw.draw(counts), draw.draw(counts), finished, label, *signals))
+    codes, known = frames.FactCodes(), [Probed(0, None, 9, 812)]  # a fact of another episode
     assert codes.codes_of(known) == [0]
     turn = frames.encode_turn(3, asked, Round(carried_out, facts), codes)
     assert turn[0] == 3
@@ -138,9 +141,13 @@ def test_an_encoded_round_decodes_to_the_same_actions_and_facts(
     assert codes.new_facts() == [0]  # no fact is sent twice
 
 
-@given(beta=st.floats(0, 1), cap=st.none() | st.integers(1, 1 << 50))
-def test_an_encoded_start_of_an_episode_decodes_to_the_same_beta_and_limits(beta: float, cap: int | None) -> None:
-    limits = Limits(512, 64, 4096, 20, cap)
+@given(
+    beta=st.floats(0, 1), cap=st.none() | st.integers(1, 1 << 50), has_probes=st.booleans(), has_pauses=st.booleans()
+)
+def test_an_encoded_start_of_an_episode_decodes_to_the_same_beta_and_limits(
+    beta: float, cap: int | None, has_probes: bool, has_pauses: bool
+) -> None:
+    limits = Limits(512, 64, 4096, 20, cap, has_probes, has_pauses)
     turn = frames.encode_begin(9, beta, limits)
     assert turn[:2] == [9, frames.BEGIN]
     assert frames.decode_begin(turn, 2) == (beta, limits, len(turn))
@@ -173,8 +180,22 @@ def test_control_characters_in_messages_are_replaced_and_messages_cut() -> None:
 
 def test_wider_limits_put_fewer_episodes_into_one_message() -> None:
     assert episodes_per_message(Limits(1, 64)) == 64
-    assert episodes_per_message(Limits(1, 1024)) == 15
+    assert episodes_per_message(Limits(1, 1024)) == 9
     assert episodes_per_message(Limits(1, 1 << 20)) == 1
+
+
+def test_new_facts_of_every_branch_fit_into_one_message() -> None:
+    for width in (8, 64, 500, 4096):
+        facts: list[Fact] = []
+        for index in range(width):
+            facts += [Advanced(index, 1, 10, False, None, 900, index % 1000), Probed(index, 1, 9, index % 1000)]
+        decided = [action for index in range(width) for action in (advance(index), probe(index))]
+        message = [frames.STEP, 1]
+        codes = frames.FactCodes()
+        turns: list[int] = []
+        for seat in range(episodes_per_message(Limits(1, width))):
+            turns += frames.encode_turn(seat, [], Round(decided, [replace(fact) for fact in facts]), codes)
+        assert frames.pack([*message, *codes.new_facts(), *turns])
 
 
 # The sandbox process's loop, run as a thread of the test process
@@ -535,6 +556,23 @@ def test_the_seal_is_proven_at_first_and_again_after_a_fixed_number_of_processes
     made.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="descriptors are listed on Linux only")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_start_leaves_no_socket_open(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise error
+
+    made = SandboxSpawner()
+    made.proof = prove(lambda _: AttemptResult(attempts.REFUSED << 8, "assumed"))
+    monkeypatch.setattr("controllers.sandbox.spawner.subprocess.Popen", interrupted)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises((KeyboardInterrupt, SandboxUnavailable)):
+        made.spawn()
+    assert os.listdir("/proc/self/fd") == before
+
+
 def kill_zygote(made: SandboxSpawner) -> None:
     assert made._zygote is not None
     made._zygote.kill()
@@ -594,6 +632,16 @@ def test_an_impossible_request_does_not_end_the_zygote(sandbox_spawner: SandboxS
     )  # the test process is not a child of the zygote
     worker.load(Spec("cmc"))
     worker.close()
+
+
+@linux
+def test_a_process_killed_before_it_loads_a_controller_is_closed(sandbox_spawner: SandboxSpawner) -> None:
+    worker = sandbox_spawner.spawn()
+    worker.kill("the pool is stopped")
+    with pytest.raises(MachineDisturbed, match="the pool is stopped"):
+        worker.load(Spec("cmc"))
+    assert worker._channel.fileno() < 0
+    assert worker._handle < 0
 
 
 @linux
@@ -662,7 +710,7 @@ async def test_a_process_without_processor_time_raises_machine_disturbed(sandbox
             ended.append(caught.value)
     finally:
         busy.kill()
-        await busy.wait()
+        await busy.communicate()
     assert "the machine is too busy" in str(ended[-1])
 
 
@@ -680,6 +728,36 @@ def test_a_late_answer_is_blamed_on_the_controller_or_on_the_machine_by_its_usag
     assert late(Clock.CPU, 0.25, wall=9.0, cpu=0.25, queued=8.75) is BoundaryViolation
     assert late(Clock.CPU, 0.25, wall=9.0, cpu=0.1, queued=2.0) is BoundaryViolation
     assert late(Clock.CPU, 0.25, wall=120.0, cpu=0.1, queued=119.9) is MachineDisturbed
+
+
+class ScriptedReader(ProcessUsageReader):
+    """Gives readings that a test wrote down."""
+
+    def __init__(self, *readings: ProcessUsage) -> None:
+        self._readings = iter(readings)
+
+    def read(self) -> ProcessUsage:
+        """Return the next reading."""
+        return next(self._readings)
+
+
+@pytest.mark.parametrize(
+    ("stopped", "ended", "fault"),
+    [
+        # It slept for 2 s, and then ran and waited for as long as it took to end.
+        (ProcessUsage(12.002, 1.001, 0.0), ProcessUsage(12.006, 1.003, 0.0015), BoundaryViolation),
+        (ProcessUsage(12.0, 1.0, 0.0), ProcessUsage(12.5, 1.003, 0.49), BoundaryViolation),
+        # It waited for a processor for 2 s, which the kernel adds when the wait has ended.
+        (ProcessUsage(12.0, 1.0, 0.0), ProcessUsage(12.5, 1.003, 2.497), MachineDisturbed),
+        (ProcessUsage(12.0, 1.0, 0.0), ProcessUsage(12.004, 1.001, 2.002), MachineDisturbed),
+    ],
+)
+def test_the_time_that_a_killed_process_takes_to_end_excuses_nothing(
+    stopped: ProcessUsage, ended: ProcessUsage, fault: type[Exception]
+) -> None:
+    deadline = Deadline(ScriptedReader(ProcessUsage(10.0, 1.0, 0.0), stopped, ended), Clock.CPU, 0.2)
+    deadline.stop()
+    assert type(explain_late(deadline, deadline.usage())) is fault
 
 
 def test_a_python_that_does_not_start_counts_as_not_sealed() -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from controllers import (
     TO_END,
@@ -26,6 +28,7 @@ from controllers import (
     probe,
     prune,
 )
+from controllers.limits import branch_limit, free_tokens
 from tests.fakes import episode
 
 
@@ -87,13 +90,13 @@ def test_the_ledger_sums_to_the_tokens_spent() -> None:
     [
         (lambda: branch(0), "BRANCH: intervals must be from 1 to TO_END, not 0"),
         (lambda: branch(TO_END + 1), "intervals"),
-        (lambda: Action(Verb.BRANCH, -1, "2"), "intervals"),  # type: ignore[arg-type]
+        (lambda: Action(Verb.BRANCH, -1, "2"), "intervals"),
         (lambda: advance("0"), "no branch '0'"),  # type: ignore[arg-type]
         (lambda: advance(7.0), "no branch 7.0"),  # type: ignore[arg-type]
         (lambda: advance(-1), "no branch -1"),
         (lambda: advance(0, 0), "intervals"),
         (lambda: answer("0"), "no label '0'"),  # type: ignore[arg-type]
-        (lambda: Action(1), "1 is not a verb"),  # type: ignore[arg-type]
+        (lambda: Action(1), "1 is not a verb"),
     ],
 )
 def test_a_malformed_action_cannot_be_constructed(make: Callable[[], Action], why: str) -> None:
@@ -217,13 +220,13 @@ def test_a_branch_that_finishes_early_in_a_round_votes_once() -> None:
 def test_the_leader_is_of_finished_branches_else_of_latest_labels_of_unpruned_ones() -> None:
     state = episode()
     state.apply([branch(), branch(), branch()], [Advanced(i, 1, 10, False) for i in range(3)])
-    assert state.leader() is None
+    assert (state.leader(), state.deciding_votes()) == (None, {})
     state.apply([probe(0), probe(1), probe(2)], [Probed(0, 0, 1), Probed(1, 1, 1), Probed(2, 1, 1)])
-    assert state.leader() == 1
+    assert (state.leader(), state.deciding_votes()) == (1, {0: 1, 1: 2})
     state.apply([prune(1), prune(2)], [])
-    assert state.leader() == 0
+    assert (state.leader(), state.deciding_votes()) == (0, {0: 1})
     state.apply([advance(0)], [Advanced(0, 1, 2, True, 2)])
-    assert state.leader() == 2
+    assert (state.leader(), state.deciding_votes()) == (2, {2: 1})
 
 
 def test_ending_from_outside_keeps_the_first_reason() -> None:
@@ -264,7 +267,7 @@ def test_without_a_cap_every_action_is_affordable() -> None:
 @pytest.mark.parametrize(
     "limits", [{"interval": 0}, {"interval": 5, "max_branches": 0}, {"interval": 5, "max_tokens": 9}]
 )
-def test_invalid_limits_are_refused(limits: dict[str, int]) -> None:
+def test_invalid_limits_are_refused(limits: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"Limits\."):
         Limits(**limits)
 
@@ -273,3 +276,89 @@ def test_the_repr_of_a_branch_shows_whether_it_runs_finished_or_was_pruned() -> 
     state = grown(finished=0)
     assert [repr(b).split()[1] for b in state.branches] == ["running", "running", "finished", "pruned"]
     assert copy.copy(state.limits) == state.limits
+
+
+def test_without_probes_a_probe_is_illegal_and_all_else_legal() -> None:
+    state = episode(has_probes=False)
+    state.check([branch(), advance(0), prune(0)])
+    before = snapshot(state)
+    with pytest.raises(IllegalAction, match="has no probes"):
+        state.check([branch(), probe(0)])
+    assert snapshot(state) == before
+
+
+def test_without_pauses_an_open_branch_keeps_the_tokens_to_its_end_reserved() -> None:
+    state = episode(branch_tokens=100, max_tokens=250, has_pauses=False)
+    assert state.affordable([branch()] * 3) == [branch()] * 2
+    state.apply([branch(), branch()], [Advanced(0, 1, 10, False), Advanced(1, 1, 10, False)])
+    assert state.affordable([advance(0), advance(1), branch()]) == [advance(0), advance(1)]
+    state.apply([advance(0), prune(1)], [Advanced(0, 2, 20, True, 0)])
+    assert (state.spent, state.remaining) == (40, 210)
+    assert state.affordable([branch()] * 2) == [branch()]  # the pruned branch may have cost 90 more
+    state.apply([branch()], [Advanced(2, 1, 10, True, 0)])
+    assert state.affordable([branch()] * 2) == [branch()]  # 250 - 50 - 90 = 110
+
+
+@given(st.data(), st.integers(1, 60), st.integers(1, 200))
+def test_without_pauses_no_play_costs_more_than_the_cap_even_if_every_branch_runs_to_its_end(
+    data: st.DataObject, most: int, cap: int
+) -> None:
+    """Branches cost their whole length once they are open, whatever facts reveal, and also if they are pruned."""
+    state = episode(branch_tokens=min(most, cap), max_tokens=cap, has_pauses=False, max_branches=6)
+    lengths: list[int] = []
+    most_of: list[int] = []
+    for _ in range(12):
+        moves = [branch()] * data.draw(st.integers(0, state.room), "opened")
+        for index in state.active:
+            moves += data.draw(st.sampled_from([[], [advance(index)], [advance(index, 3)], [prune(index)]]))
+        if not moves:
+            continue
+        state.check(moves)
+        actions = state.affordable(moves)
+        facts, opened = [], sum(action.verb is Verb.BRANCH for action in actions)
+        limits = list(
+            zip(most_of, [b.tokens for b in state.branches], [b.finished for b in state.branches], strict=True)
+        )
+        limit = (
+            branch_limit(min(most, cap), free_tokens(cap, limits), opened) if opened else 0
+        )  # as an environment does
+        for action in actions:
+            if action.verb is Verb.PRUNE:
+                continue
+            index = action.branch
+            if action.verb is Verb.BRANCH:
+                index = len(lengths)
+                most_of.append(limit)
+                lengths.append(data.draw(st.integers(1, limit), "length"))
+            known = state.branches[index].tokens if index < state.width else 0
+            tokens = min(10 * action.intervals, lengths[index] - known)
+            finished = known + tokens == lengths[index]
+            label = data.draw(st.sampled_from([None, 0])) if finished and (state.labels or index == 0) else None
+            facts.append(Advanced(index, -(-tokens // 10), tokens, finished, label))
+        if actions:
+            state.apply(actions, facts)
+        assert sum(lengths) <= cap
+        assert state.spent <= cap
+
+
+def test_without_pauses_further_branches_share_what_is_left_once_one_has_voted() -> None:
+    """The first branch may use the whole cap. Later ones get twice the tokens of the longest, and an interval."""
+    state = episode(branch_tokens=100, max_tokens=100, has_pauses=False)
+    assert state.affordable([branch()] * 4) == [branch()]
+    state.apply([branch()], [Advanced(0, 1, 10, True, 0)])
+    assert state.affordable([branch()] * 4) == [branch()] * 3  # 90 tokens are left, and each needs 30
+    state.apply([branch()] * 3, [Advanced(i, 1, 10, False) for i in (1, 2, 3)])
+    assert state.affordable([advance(1), branch()]) == [advance(1)]
+    unread = episode(branch_tokens=100, max_tokens=150, has_pauses=False)
+    unread.apply([branch()], [Advanced(0, 1, 10, True)])
+    assert unread.affordable([branch()] * 4) == [branch()]  # it has not voted, so its length says nothing
+
+
+def test_flags_of_limits_are_booleans_whatever_they_were_stored_as() -> None:
+    """The compiled core would refuse a number where it expects a boolean."""
+    limits = Limits(4, has_probes=1, has_pauses=0)  # type: ignore[arg-type]
+    assert (limits.has_probes, limits.has_pauses) == (True, False)
+    assert type(limits.has_probes) is type(limits.has_pauses) is bool
+    state = State(limits)
+    state.check([branch()])
+    assert state.width == 0

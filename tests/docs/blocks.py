@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+AGENT_LIBRARIES: Final = ("pydantic_ai", "agents", "instructor")
+"""Libraries whose snippets need an upstream that calls tools."""
 _FENCED: Final = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -31,6 +33,12 @@ def fenced_blocks(page: Path, root: Path) -> Iterator[Block]:
     for match in _FENCED.finditer(text):
         line = text.count("\n", 0, match.start(2)) + 1
         yield Block(str(page.relative_to(root)), line, match[1].strip(), match[2])
+
+
+def agent_library(block: Block) -> str:
+    """Return the library of AGENT_LIBRARIES that a snippet imports; empty if none."""
+    imported = re.findall(r"^(?:from|import) (\w+)", block.code, re.MULTILINE) if block.language == "python" else []
+    return next((library for library in AGENT_LIBRARIES if library in imported), "")
 
 
 def shell_commands(code: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The make targets that the manual describes, and the wheel that README builds."""
+"""The make targets that the manual describes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 
+from tests.bench.peers import ALL
 from tests.fakes import FakeVLLM
-from tests.readability import PACKAGES, ROOT
+from tests.readability import ROOT
 
 pytestmark = [
     pytest.mark.process,
@@ -38,8 +38,15 @@ def test_make_run_with_an_upstream_installs_neither_torch_nor_vllm(tmp_path: Pat
 def test_make_run_without_an_upstream_installs_torch(tmp_path: Path) -> None:
     commands = dry_run("run", "ARGS=--port 9000 --beta 0.5", environment=tmp_path / "venv")
     assert "torch==" in commands
-    assert "[embedded]" in commands
+    assert "[embedded,search]" in commands
     assert "autotts serve  --port 9000 --beta 0.5" in commands
+
+
+def test_make_test_installs_each_peer_by_itself(tmp_path: Path) -> None:
+    commands = dry_run("test", environment=tmp_path / "venv")
+    for name in ("LiteLLM", "agent-clients"):  # if one cannot be installed, the tests of the other still run
+        assert f"-m tests.bench.peers {name} ||" in commands
+        assert name in {peer.name for peer in ALL}
 
 
 def test_make_docs_installs_neither_torch_nor_vllm(tmp_path: Path) -> None:
@@ -76,18 +83,3 @@ async def test_make_run_with_an_upstream_starts_the_proxy_without_installing(tmp
     assert f"starting the proxy for the upstream {backend.url}" in written
     assert "install" not in written
     assert "Traceback" not in rest.decode()
-
-
-def test_the_wheel_contains_all_modules_and_data_files(tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "tests", "__pycache__", "*.db*")
-    shutil.copytree(ROOT, tree, ignore=ignored)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist")]
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = (tmp_path / "dist").glob("autotts_proxy-*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    modules = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
-    assert modules - names == set()
-    assert "deploy/embedded/model/config.json" in names
-    assert any(name.startswith("controllers/discovered/") and name.endswith(".json") for name in names)

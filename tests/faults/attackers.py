@@ -45,7 +45,7 @@ class Upstream(FakeVLLM):
     async def _models(self, _: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": MODEL, "max_model_len": MAX_LENGTH}]})
 
-    async def _chat(self, request: web.Request) -> web.StreamResponse:  # type: ignore[override]
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
         text = (await request.read()).decode()
         if BREAK in text:
             return web.json_response({"error": {"message": "engine error", "code": 500}}, status=500)

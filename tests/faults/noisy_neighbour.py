@@ -163,10 +163,11 @@ async def _process(*command: str, **variables: str) -> AsyncIterator[asyncio.sub
         if process.returncode is None:
             process.terminate()
             try:
-                await asyncio.wait_for(process.wait(), 5)
+                async with asyncio.timeout(5):
+                    await process.communicate()
             except TimeoutError:
                 process.kill()
-                await process.wait()
+                await process.communicate()
 
 
 async def _read_line(process: asyncio.subprocess.Process) -> bytes:

@@ -344,7 +344,8 @@ async def test_an_http_1_0_client_gets_a_stream_without_chunked_encoding(proxy: 
     body = json.dumps({**json.loads(BODY), "stream": True, "tts": {"beta": 0.5}}).encode()
     reader, writer = await asyncio.open_connection(where.hostname, where.port)
     writer.write(sized(body, version=b"1.0"))
-    head, _, rest = (await asyncio.wait_for(reader.read(), 10)).partition(b"\r\n\r\n")
+    async with asyncio.timeout(10):
+        head, _, rest = (await reader.read()).partition(b"\r\n\r\n")
     writer.close()
     assert head.startswith(b"HTTP/1.1 200")
     assert b"transfer-encoding" not in head
@@ -581,7 +582,8 @@ async def test_a_full_connection_table_evicts_the_longest_waiting_connections(ba
         for reader in waiting:
             newcomer = await opening(get())
             assert (await newcomer.readline()).startswith(b"HTTP/1.1 200")
-            ended = await asyncio.wait_for(reader.read(), 5)
+            async with asyncio.timeout(5):
+                ended = await reader.read()
             assert not ended or b"retry-after: 1" in ended or b'{"status":"ok"}' in ended
         for writer in opened:
             writer.close()

@@ -43,7 +43,10 @@ def episode(name: str, **about: Any) -> ServedEpisode:
 
 
 def recording(name: str, **changes: Any) -> RecordedQuestion:
-    branches = [RecordedBranch(["7"], 900, "7", [3]), RecordedBranch(["8"], 800, None, [3])]
+    branches = [
+        RecordedBranch(["7"], 900, "7", [3], True, [900, 800], [700, 600], [950]),
+        RecordedBranch(["8"], 800, None, [3]),
+    ]
     made = RecordedQuestion(
         question_id(name), "m", "live", 500, branches, "7", origin=Origin.LIVE, chat_template="t", request=name
     )

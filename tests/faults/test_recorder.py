@@ -25,7 +25,7 @@ from openai import AsyncOpenAI
 
 from discovery.data.recordings import Origin, RecordedBranch, RecordedQuestion
 from discovery.errors import StoreError
-from discovery.store import Feedback, ServedEpisode, Store, StoreItem
+from discovery.store import Feedback, ServedEpisode, Store, StoreItem, StorePlace
 from discovery.store.item_lines import encode_item
 from proxy.recording.spill_file import SpillFiles
 from proxy.recording.store_connection import StoreConnection
@@ -49,7 +49,7 @@ def episode(name: str, **about: Any) -> ServedEpisode:
 
 
 def putting(recorder: StoreWriter, *names: str) -> list[asyncio.Future[bool]]:
-    return [recorder.put(name, lambda name=name: episode(name), RequestOwner("t", None, "d")) for name in names]  # type: ignore[misc]
+    return [recorder.put(name, lambda name=name: episode(name), RequestOwner("t", None, "d", "m")) for name in names]  # type: ignore[misc]
 
 
 @asynccontextmanager
@@ -177,7 +177,7 @@ async def test_a_record_is_found_before_and_after_it_is_stored(tmp_path: Path) -
         assert stored_record is not None
         assert (stored_record.id, stored_record.answer) == (before.id, before.answer)
         assert await recorder.find("nobody") is None
-        assert await recorder.owner("a") == RequestOwner("t", None, "d")
+        assert await recorder.owner("a") == RequestOwner("t", None, "d", "m")
     assert stored(tmp_path / "s.db") == {"a", "b"}
 
 
@@ -782,8 +782,7 @@ def test_appended_lines_and_a_new_spill_file_are_synced_to_disk(
 
 async def test_the_store_is_synced_with_each_transaction(tmp_path: Path) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
-        rows = await store._writes.connection.execute_fetchall("PRAGMA synchronous")
-        assert [tuple(row) for row in rows] == [(2,)]  # FULL
+        assert await store._writes.connection.fetch_all("PRAGMA synchronous") == [(2,)]  # FULL
 
 
 @pytest.mark.parametrize("item", [episode("e"), Feedback("f", "r", "correct", "true", tenant="t")])
@@ -798,7 +797,6 @@ def test_an_encoded_item_is_one_line_and_decodes_to_itself(item: StoreItem) -> N
 
 STARTER = """
 import asyncio, json, os, signal, sys
-from pathlib import Path
 from discovery.store import ServedEpisode
 from proxy.recording import store_connection
 from proxy.telemetry.metrics import Metrics
@@ -808,7 +806,7 @@ from proxy.settings import load
 store_connection.BUSY_TIMEOUT_MS = 50
 
 async def main(path, name):
-    recorder = StoreWriter(load(upstream="http://127.0.0.1:1", store=Path(path)), Metrics())
+    recorder = StoreWriter(load(upstream="http://127.0.0.1:1", store=path), Metrics())
     await recorder.open()
     async def write(name):
         for i in range(10**6):
@@ -832,12 +830,12 @@ for line in sys.stdin:
 class Writer:
     """Process that writes records until it is killed."""
 
-    def __init__(self, starter: subprocess.Popen[str], path: Path, name: str) -> None:
-        self._out = path.with_name(f"{name}.out")
+    def __init__(self, starter: subprocess.Popen[str], place: StorePlace, name: str, folder: Path) -> None:
+        self._out = folder / f"{name}.out"
         self._out.touch()
         assert starter.stdin is not None
         assert starter.stdout is not None
-        starter.stdin.write(json.dumps([str(path), name, str(self._out)]) + "\n")
+        starter.stdin.write(json.dumps([str(place), name, str(self._out)]) + "\n")
         starter.stdin.flush()
         self._pid = int(starter.stdout.readline())
 
@@ -854,9 +852,15 @@ class Writer:
 
 @pytest.fixture
 def starter() -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", STARTER]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
+    with started_by(STARTER) as process:
+        yield process
+
+
+@contextmanager
+def started_by(program: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """Yield a process that runs a program and reads from a pipe."""
+    command, pipe = [sys.executable, "-c", program], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, **options) as process:
         yield process
         process.communicate()
 
@@ -881,7 +885,7 @@ async def test_a_writer_killed_while_writing_loses_no_acknowledged_record(
     async with Store.open(path, create=True):
         pass
     for cycle in range(CYCLES):
-        writer = Writer(starter, path, str(cycle))
+        writer = Writer(starter, path, str(cycle), path.parent)
         enough = 40 + 7 * cycle % 60
         try:
             with locked(path) if cycle % 2 else nullcontext():
@@ -912,7 +916,7 @@ async def test_a_writer_killed_while_reading_spill_files_loses_no_record(
                 names = [f"old-{cycle}-{number}-{i}" for i in range(20)]
                 leave_spill(place, *names)
                 acknowledged |= set(names)
-        writer = Writer(starter, path, str(cycle))
+        writer = Writer(starter, path, str(cycle), path.parent)
         try:
             await until(lambda: sum(place.exists() for place in candidate_paths(spill)) < MAX_FILES)
             await asyncio.sleep(draw.uniform(0, 0.3))

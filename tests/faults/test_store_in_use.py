@@ -169,6 +169,7 @@ def commands(url: str, request: str, gone: str) -> Iterator[list[str]]:
     yield ["trace", "show", request, f"--store={STORE}"]
     yield ["parity", f"--store={STORE}", "--shuffles=2"]
     yield ["evaluate", f"--recordings={STORE}", "--controllers=asc@8", "--betas=0.5", *few]
+    yield ["signals", f"--recordings={STORE}", "--orders=1", "--models=m", "--benchmarks=b"]
     yield ["calibrate", f"--recordings={STORE}", "--controllers=asc@8", "--out=c.json", *few, "--engine=local"]
     searching = ["--rounds=1", "--shuffles=1", "--workers=1", "--models=m", "--out=run"]
     yield ["discover", f"--recordings={STORE}", f"--store={STORE}", *searching]

@@ -16,7 +16,14 @@ from proxy.settings import load
 from tests.fakes import FakeVLLM, chain
 
 INTERVAL = 40
-SMALL = {"interval": INTERVAL, "finalise_tokens": 60, "probe_tokens": 8, "ping_s": 0.05, "read_timeout_s": 5}
+SMALL = {
+    "interval": INTERVAL,
+    "finalise_tokens": 60,
+    "probe_tokens": 8,
+    "ping_s": 0.05,
+    "read_timeout_s": 5,
+    "controller": "cmc",  # it opens several branches at every β, and probes
+}
 
 SERVED = [name for name in BUILT_IN if name not in ADMIN_ONLY]
 """Controllers that any client may name."""

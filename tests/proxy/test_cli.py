@@ -93,6 +93,8 @@ async def test_serve_logs_its_upstream_and_shows_an_example_with_a_served_model(
     assert '-d \'{"model": "fake-model", ' in after
     assert '    model="fake-model",\n' in after
     assert "your model" not in after
+    address = after.partition("\n")[0]
+    assert f"Dashboard and playground: http://127.0.0.1:{address}/ui\n" in after
 
 
 async def test_embedded_args_with_another_upstream_are_warned_of() -> None:
@@ -131,6 +133,11 @@ def test_a_settings_error_is_reported_before_the_embedded_model_starts() -> None
     done = autotts("serve", "--port", "0", AUTOTTS_KEYS="/nowhere/keys.toml")
     assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)
     assert "/nowhere/keys.toml" in done.stderr
+
+
+def test_the_address_of_the_dashboard_is_shown_if_there_is_one() -> None:
+    assert "http://h:1/ui" in welcome("http://h:1", "m", is_embedded=False)
+    assert "/ui" not in welcome("http://h:1", "m", is_embedded=False, has_ui=False)
 
 
 def test_an_ipv6_address_is_bracketed_in_the_example_url() -> None:

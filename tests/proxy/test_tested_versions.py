@@ -20,8 +20,11 @@ from proxy.passthrough.forward import MAX_BUFFERED_BYTES
 from proxy.server import running
 from proxy.settings import load
 from proxy.tested_versions import TESTED, has_tested_internals
+from proxy.types import UpstreamObserver
 from proxy.upstream import body_tap
-from proxy.upstream.eager_task import EagerClientRequest, client_request_class
+from proxy.upstream.circuit_breaker import Breaker
+from proxy.upstream.pooled_request import PooledRequests
+from proxy.upstream.transport import UpstreamTransport
 from tests.fakes import MODEL, FakeVLLM, RawUpstream
 from tests.proxy.conftest import SMALL
 
@@ -51,6 +54,19 @@ def uses_taps(libraries: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.setattr(body_tap, "_BodyTap", CountedTap)
     yield
     assert bool(taps) == (libraries == "tested")
+
+
+def is_pooled(session: aiohttp.ClientSession) -> bool:
+    """Return whether forwarded requests are sent without aiohttp's session."""
+    transport = UpstreamTransport(
+        "http://127.0.0.1:9",
+        session,
+        read_timeout_s=1,
+        breaker=Breaker(),
+        observer=UpstreamObserver(),
+        on_event=lambda _: None,
+    )
+    return isinstance(transport._pooled, PooledRequests)
 
 
 @pytest.mark.usefixtures("uses_taps")
@@ -110,11 +126,12 @@ async def test_an_episode_is_streamed_up_to_done(backend: FakeVLLM) -> None:
         assert (await response.read()).endswith(b"data: [DONE]\n\n")
 
 
-def test_internals_are_used_only_with_tested_versions(libraries: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_internals_are_used_only_with_tested_versions(libraries: str, caplog: pytest.LogCaptureFixture) -> None:
     context = ProtocolContext(ConnectionLimits(), Connections(9, 9), lambda _: None)
     with caplog.at_level(logging.WARNING, "proxy.tested_versions"):
         for _ in range(2):
-            assert (client_request_class() is EagerClientRequest) == (libraries == "tested")
+            async with aiohttp.ClientSession() as session:
+                assert is_pooled(session) == (libraries == "tested")
             assert (protocol_class(context) is not HttpToolsProtocol) == (libraries == "tested")
     messages = [record.getMessage() for record in caplog.records]
     expected = [] if libraries == "tested" else ["aiohttp", "uvicorn"]

@@ -14,10 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from discovery.answers import read_answer
 from proxy.server import running
 from proxy.settings import load
-from tests.real_model.model import NAME, server
+from tests.real_model.model import DTYPE, NAME, server
 
 INTERVAL: Final = 16
-CONCURRENCY: Final = 4
+CONCURRENCY: Final = 12
 """Concurrent requests."""
 EXAMPLES: Final = 6
 SETTLED_S: Final = 30.0
@@ -69,6 +69,7 @@ class Reply(NamedTuple):
     total: int  # tokens billed, with the suffixes that probes append
     branches: int
     stop: str  # empty without β
+    agreement: float | None = None  # share of the votes for it; None without β, or if nothing voted
 
     @property
     def number(self) -> str | None:
@@ -97,7 +98,7 @@ class RealModel:
         if beta is not None:
             tts = reply["tts"]
         total = tts["tokens"]["total"] if tts else generated
-        return Reply(text or "", generated, total, tts.get("branches", 1), tts.get("stop", ""))
+        return Reply(text or "", generated, total, tts.get("branches", 1), tts.get("stop", ""), tts.get("agreement"))
 
     async def ask_all(
         self, conversations: Sequence[Sequence[Message]], beta: float | None, **fields: Any
@@ -129,11 +130,11 @@ class RealModel:
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[RealModel]:
+async def serving(dtype: str = DTYPE) -> AsyncIterator[RealModel]:
     """Serve the model and a proxy in front of it."""
     timeout = aiohttp.ClientTimeout(total=600)
     async with (
-        server() as vllm,
+        server(dtype) as vllm,
         running(load(upstream=vllm.url, interval=INTERVAL)) as url,
         aiohttp.ClientSession(timeout=timeout) as http,
     ):

@@ -24,6 +24,28 @@ UNVOTED: Final = 2
 GREEDY, SAMPLE = "greedy, without β", "single sample, without β"
 
 
+def accuracy_cell(right: NDArray[np.float64]) -> str:
+    """Return the percentage of right replies with its interval. `right` is 1 where a reply is right."""
+    share = float(right.mean())
+    low, high = wilson_interval(share, right.size)
+    return f"{100 * share:.1f} ({low:.1f} to {high:.1f})"
+
+
+def gain_cell(right: NDArray[np.float64], greedy: NDArray[np.float64]) -> str:
+    """Return the points gained over greedy decoding on the same questions, with their interval."""
+    low, high = bootstrap_bounds(right - greedy, TAIL)
+    return f"{100 * float(right.mean() - greedy.mean()):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def mean_cell(values: Sequence[float], decimals: int) -> str:
+    """Return the mean over questions with its interval; an empty cell if there are no values."""
+    if not values:
+        return ""
+    low, high = bootstrap_bounds(np.array(values, float), TAIL)
+    mean, low_text, high_text = (f"{value:,.{decimals}f}" for value in (statistics.fmean(values), low, high))
+    return f"{mean} ({low_text} to {high_text})"
+
+
 class Measured(NamedTuple):
     """One row: all sums asked one way."""
 
@@ -50,14 +72,10 @@ class Measured(NamedTuple):
 
     def cells(self, greedy: Measured) -> tuple[str, ...]:
         """Return the row as it is printed, compared with `greedy` on the same sums."""
-        share = float(self.right.mean())
-        low, high = wilson_interval(share, self.right.size)
-        least, most = bootstrap_bounds(self.right - greedy.right, TAIL)
-        gain = 100 * (share - float(greedy.right.mean()))
         return (
             self.name,
-            f"{100 * share:.1f} ({low:.1f} to {high:.1f})",
-            "" if self is greedy else f"{gain:+.1f} ({100 * least:+.1f} to {100 * most:+.1f})",
+            accuracy_cell(self.right),
+            "" if self is greedy else gain_cell(self.right, greedy.right),
             f"{statistics.fmean(reply.total for reply in self.replies):,.1f}",
             f"{statistics.fmean(reply.branches for reply in self.replies):.1f}",
             f"{self.billed:,}",

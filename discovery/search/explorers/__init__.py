@@ -43,9 +43,10 @@ class ScoredCandidate(NamedTuple):
     """A candidate with its rounded result on the search split, the only facts that explorers may know about it."""
 
     candidate: Candidate
-    score: float | None  # AFS minus the latency charge, in points, two decimals; None if it failed
+    score: float | None  # AFS minus latency charge and penalty for harm, in points, two decimals; None if it failed
     curve: Sequence[tuple[float, int, float]] = ()  # means over all search cells: β, tokens, percent correct
     failure: str = ""  # what went wrong, for the author to read
+    estimate: float | None = None  # score on the questions of the trials before the last, two decimals
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class ExplorerContext:
     digests: Mapping[str, str] = field(
         default_factory=dict
     )  # trace digests of the best candidates, by candidate digest
+    has_probes: bool = True  # whether the branches of the search split can be probed
 
     @property
     def rng(self) -> random.Random:

@@ -12,7 +12,6 @@ from discovery.errors import ExplorerError
 from discovery.search.explorers import Explorer
 from discovery.search.explorers.agent import Agent
 from discovery.search.explorers.files import Files
-from discovery.search.explorers.grammar import Grammar
 
 TRANSCRIPT, EXPORT = "exchanges.jsonl", "search.jsonl"
 """Names of files in the folder of a run: exchanges with an LLM, and recordings for an agent."""
@@ -34,12 +33,15 @@ class ExplorerOptions(NamedTuple):
     llm: Path | None
     command: str
     usd: float | None
+    varied: int = 0
 
 
 def make_explorer(name: ExplorerName, options: ExplorerOptions, out: Path) -> Explorer:
     """Create the explorer called `name`. Raises ExplorerError if an option it needs is missing."""
     if name is ExplorerName.GRAMMAR:
-        return Grammar()
+        from discovery.search.explorers.grammar import Grammar  # imports optuna, which imports every storage it knows
+
+        return Grammar(varied=options.varied)
     if name is ExplorerName.FILES:
         if options.folder is None:
             raise ExplorerError("--explorer files needs --folder, the folder of the candidates")

@@ -19,6 +19,28 @@ def failure_score(standings: Sequence[ScoredCandidate]) -> float:
     return min((one.score for one in standings if one.score is not None), default=0.0) - 1
 
 
+def ratings(standings: Sequence[ScoredCandidate]) -> dict[str, float]:
+    """Return a number by digest that ranks all candidates, also those without a score.
+
+    Estimates of dropped candidates are moved to the scale of the scores, and further until all are below all scores.
+    One that failed otherwise is rated one point below all others.
+    """
+    below = failure_score(standings)
+    scores = [one.score for one in standings if one.score is not None]
+    estimates = [one.estimate for one in standings if one.estimate is not None and one.score is not None]
+    dropped = [one.estimate for one in standings if one.estimate is not None and one.score is None]
+    shift = max(scores) - max(estimates) if estimates else 0.0
+    shift = min(shift, below - max(dropped)) if dropped and scores else shift
+    rated: dict[str, float] = {}
+    for standing in standings:
+        if standing.score is not None:
+            rated[standing.candidate.digest] = standing.score
+        elif standing.estimate is not None:
+            rated[standing.candidate.digest] = standing.estimate + shift
+    failed = min(rated.values(), default=0.0) - 1
+    return {one.candidate.digest: rated.get(one.candidate.digest, failed) for one in standings}
+
+
 def next_generation(
     start: Sequence[float],
     earlier: Sequence[tuple[Vector, float]],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any
 
 from proxy.api.formats.completion_chunks import ChunkFormat, chunk_head, reasoning_fields, stream_chunks
@@ -15,15 +15,33 @@ from proxy.types import Plan, Reply
 def to_json(request: ChatRequest, reply: Reply) -> dict[str, Any]:
     """Return a `chat.completion`."""
     message = reply.message
-    content = {"role": "assistant", "content": message.content, "refusal": None}
+    is_call = bool(message.tool_calls)
+    content: dict[str, Any] = {
+        "role": "assistant",
+        "content": message.content or (None if is_call else ""),
+        "refusal": None,
+    }
+    if is_call:
+        content["tool_calls"] = message.tool_calls
     if message.reasoning and request.include_reasoning is not False:
         content |= reasoning_fields(message.reasoning)
     return {
         **chunk_head(reply.plan, "chat.completion"),
-        "choices": [{"index": 0, "message": content, "logprobs": None, "finish_reason": message.finish_reason}],
+        "choices": [
+            {"index": 0, "message": content, "logprobs": message.logprobs, "finish_reason": message.finish_reason}
+        ],
         "usage": reply.usage,
         "tts": reply.tts,
     }
+
+
+def _tool_call_parts(calls: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the deltas of tool calls: of each its id and name first, then pieces of its arguments."""
+    for index, call in enumerate(calls):
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        yield {**call, "index": index, "function": {"name": name, "arguments": ""}}
+        for piece in split_text(arguments):
+            yield {"index": index, "function": {"arguments": piece}}
 
 
 def stream(request: ChatRequest, plan: Plan, news: EpisodeNews) -> AsyncGenerator[bytes]:
@@ -36,7 +54,11 @@ def stream(request: ChatRequest, plan: Plan, news: EpisodeNews) -> AsyncGenerato
         thought = reply.message.reasoning
         is_shown = bool(thought) and request.include_reasoning is not False
         before = [choice(**reasoning_fields(piece)) for piece in split_text(thought or "")] if is_shown else []
-        return before + [choice(content=piece) for piece in split_text(reply.message.content)]
+        texts = [choice(content=piece) for piece in split_text(reply.message.content)]
+        if reply.message.logprobs is not None:  # with the first chunk of the content, or in one of their own
+            texts = texts or [choice(content="")]
+            texts[0]["logprobs"] = reply.message.logprobs
+        return before + texts + [choice(tool_calls=[part]) for part in _tool_call_parts(reply.message.tool_calls)]
 
     chunks = ChunkFormat(
         chunk_head(plan, "chat.completion.chunk"),

@@ -37,6 +37,8 @@ async def stream_chunks(request: GenerationRequest, news: EpisodeNews, chunks: C
                     yield PING
                 elif isinstance(item, str):
                     yield chunks.chunk(chunks.progress(item))
+                elif isinstance(item, Mapping):
+                    yield format_event({**chunks.head, "choices": [], "tts": item})
                 else:
                     reply = item
     except errors.ApiError as error:  # the status has been sent, so the error must be an event

@@ -62,6 +62,9 @@ async def stream_batch(
                     batch = item
                 elif isinstance(item.content, str):
                     yield chunk({**_text_choice(item.prompt), **reasoning_fields(item.content)})
+                elif isinstance(item.content, Mapping):
+                    tts = {"prompt": item.prompt, **item.content}
+                    yield format_event({**head, "choices": [], "tts": tts})
                 else:
                     for piece in split_text(item.content.message.written):
                         yield chunk(_text_choice(item.prompt, piece))

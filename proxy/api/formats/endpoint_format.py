@@ -9,15 +9,17 @@ from proxy.api.formats.prompt_batch import Batch
 from proxy.requests.generation_request import GenerationRequest
 from proxy.types import Plan, Reply
 
-EpisodeNews = AsyncGenerator[str | Reply | None]
-"""Yields the lines of progress of one episode, None when a ping is due, and finally the reply."""
+RoundNews = str | Mapping[str, Any]
+"""Progress after a round: a line to send as reasoning, or an object to send as it is."""
+EpisodeNews = AsyncGenerator[RoundNews | Reply | None]
+"""Yields the progress of one episode, None when a ping is due, and finally the reply."""
 
 
 class PromptNews(NamedTuple):
-    """A line of progress or the reply of one prompt in a batch."""
+    """Progress or the reply of one prompt in a batch."""
 
     prompt: int  # its index in the request
-    content: str | Reply
+    content: RoundNews | Reply
 
 
 BatchNews = AsyncGenerator[PromptNews | Batch | None]

@@ -65,6 +65,9 @@ class Batch:
             "branches": sum(tts["branches"] for tts in objects),
             "rounds": sum(tts["rounds"] for tts in objects),
             "stop": ",".join(stops),
+            **{name: _least([tts[name] for tts in objects]) for name in ("agreement", "confidence")},
+            **({"flagged": any(tts["flagged"] for tts in objects)} if "flagged" in objects[0] else {}),
+            **next(({"escalated_beta": tts["escalated_beta"]} for tts in objects if "escalated_beta" in tts), {}),
             "fallback": fallbacks[0] if fallbacks else None,
             "tokens": dict(tokens),
             "upstream": {
@@ -84,7 +87,7 @@ class Batch:
 _COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 _COMMON = (
     *("applied", "beta", "beta_source", "beta_asked", "temperature", "greedy_first"),
-    *("interval", "answer_kind", "probe_template"),
+    *("interval", "answer_kind", "probe_template", "min_agreement"),
 )
 
 
@@ -109,6 +112,12 @@ async def together(work: Sequence[Coroutine[Any, Any, T]], cost: Callable[[T], i
         if failure is not None:
             raise failure
     return [task.result() for task in tasks]
+
+
+def _least(values: Sequence[float | None]) -> float | None:
+    """Return the smallest value; None if one is unknown."""
+    known = [value for value in values if value is not None]
+    return min(known) if len(known) == len(values) else None
 
 
 def _spent(tasks: Sequence[asyncio.Task[T]], cost: Callable[[T], int]) -> int:

@@ -17,7 +17,7 @@ from proxy.types import Message, Plan, Reply
 def to_json(request: ResponsesRequest, reply: Reply) -> dict[str, Any]:
     """Return a finished `response`."""
     message = reply.message
-    output = [_message_item(reply.plan, message)]
+    output = _output_items(reply.plan, message)
     if message.reasoning and request.include_reasoning is not False:
         output.insert(0, _reasoning_item(reply.plan, "", message.reasoning))
     return _finished_response(request, reply, output)
@@ -38,7 +38,7 @@ async def stream(request: ResponsesRequest, plan: Plan, news: EpisodeNews) -> As
                     for data in events.summary_delta(item, is_first=not summary):
                         yield data
                     summary += item
-                else:
+                elif isinstance(item, Reply):
                     reply = item
     except ApiError as error:  # the status has been sent, so the error must be an event
         fields = {"code": error.code, "message": error.message, "param": error.param}
@@ -52,9 +52,11 @@ async def stream(request: ResponsesRequest, plan: Plan, news: EpisodeNews) -> As
         output.append(_reasoning_item(plan, summary, reasoning))
         for data in events.reasoning(output[0]):
             yield data
-    output.append(_message_item(plan, reply.message))
-    for data in events.message(output[-1], len(output) - 1):
-        yield data
+    for made in _output_items(plan, reply.message):
+        write = events.message if made["type"] == "message" else events.function_call
+        for data in write(made, len(output)):
+            yield data
+        output.append(made)
     done = _finished_response(request, reply, output)
     yield events.event(f"response.{done['status']}", response=done, tts=reply.tts)
 
@@ -113,6 +115,17 @@ class _Events:
         yield self.event("response.content_part.done", **at, part=part)
         yield self.event("response.output_item.done", output_index=index, item=item)
 
+    def function_call(self, item: Mapping[str, Any], index: int) -> Iterator[bytes]:
+        """Yield the events of a function call."""
+        at: dict[str, Any] = {"item_id": item["id"], "output_index": index}
+        empty = {**item, "arguments": "", "status": "in_progress"}
+        yield self.event("response.output_item.added", output_index=index, item=empty)
+        for piece in split_text(item["arguments"]):
+            yield self.event("response.function_call_arguments.delta", **at, delta=piece)
+        done = {"name": item["name"], "arguments": item["arguments"]}
+        yield self.event("response.function_call_arguments.done", **at, **done)
+        yield self.event("response.output_item.done", output_index=index, item=item)
+
 
 def _finished_response(request: ResponsesRequest, reply: Reply, output: list[dict[str, Any]]) -> dict[str, Any]:
     usage, is_cut = reply.usage, reply.message.finish_reason == "length"
@@ -151,15 +164,15 @@ def _response(request: ResponsesRequest, plan: Plan, status: str, **fields: Any)
         "metadata": extra.get("metadata") or {},
         "model": plan.prompt.model,
         "output": [],
-        "parallel_tool_calls": True,
+        "parallel_tool_calls": extra.get("parallel_tool_calls") is not False,
         "previous_response_id": None,
         "reasoning": {"effort": effort, "summary": None},
         "service_tier": "default",
         "store": False,
         "temperature": request.temperature,
-        "text": {"format": {"type": "text"}},
-        "tool_choice": "auto",
-        "tools": [],
+        "text": {"format": {"type": "text"}, **{k: v for k, v in (request.text or {}).items() if v is not None}},
+        "tool_choice": extra.get("tool_choice") or "auto",
+        "tools": extra.get("tools") or [],
         "top_p": request.top_p,
         "truncation": request.truncation or "disabled",
         "usage": None,
@@ -176,6 +189,25 @@ def _reasoning_item(plan: Plan, summary: str, reasoning: str) -> dict[str, Any]:
         "content": [{"type": "reasoning_text", "text": reasoning}] if reasoning else [],
         "encrypted_content": None,
         "status": "completed",
+    }
+
+
+def _output_items(plan: Plan, message: Message) -> list[dict[str, Any]]:
+    """Return the items of a message: its text, unless it only calls functions, and each call."""
+    is_text = bool(message.content) or not message.tool_calls
+    calls = [_call_item(plan, message, number) for number in range(len(message.tool_calls))]
+    return [*([_message_item(plan, message)] if is_text else []), *calls]
+
+
+def _call_item(plan: Plan, message: Message, number: int) -> dict[str, Any]:
+    call = message.tool_calls[number]
+    return {
+        "id": f"{_id(plan, 'fc')}_{number}",
+        "type": "function_call",
+        "call_id": call["id"],
+        "name": call["function"]["name"],
+        "arguments": call["function"]["arguments"],
+        "status": "incomplete" if message.finish_reason == "length" else "completed",
     }
 
 

@@ -28,7 +28,7 @@ def serve(
     """Return the episode of a controller on a recording, its branches opened in recorded order."""
     limits = limits or Limits(recorded.interval, len(recorded.branches))
     recording = intern_answers(recorded)
-    environment = ReplayEnvironment(recording, range(recording.branches))
+    environment = ReplayEnvironment(recording, range(recording.branches), signals=spec.signals)
     state, rounds = State(limits), list[Round]()
 
     def keep(_: State, played: Round) -> None:

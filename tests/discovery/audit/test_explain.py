@@ -61,7 +61,26 @@ def test_each_round_is_summarised_with_its_actions_votes_and_tokens() -> None:
     assert (third["advanced"], third["pruned"], third["running"]) == ([0], [1, 3], 1)
     assert (last["answered"], last["votes"]) == (["7"], [{"label": 0, "answer": "7", "count": 2}])
     assert explanation["why"] == "The controller answered 7 (2 of 2 finished branches; no other was given)."
+    assert (explanation["agreement"], explanation["confidence"]) == (1.0, 7 / 8)
     assert explanation["tokens"] == sum(explanation["ledger"].values()) == 699 + 7
+
+
+def test_ballots_show_the_mean_confidence_of_finished_branches_and_of_the_latest_probes() -> None:
+    chains = [
+        RecordedBranch([], 80, "7", (), True, [900], [800]),
+        RecordedBranch([], 80, "7", (), True, [801], [800]),
+        RecordedBranch(["9"], 180, "9", [3], True, [400, 500], [300, 200], [431]),
+        RecordedBranch(["8"], 180, "8", [3]),
+    ]
+    recorded = RecordedQuestion(question_id("q"), "m", "b", 100, chains, "7")
+    spec = Spec("mine", 'class Mine:\n    signals = ("intervals", "probes")\n    def decide(self, state): ...')
+    script = Scripted([branch() for _ in chains], [probe(2), probe(3)], [prune(2), prune(3)])
+    summary = explain(serve(recorded, spec, 0.5, "r", controller=script))["rounds"][1]
+    assert summary["votes"] == [{"label": 0, "answer": "7", "count": 2, "confidence": 850}]
+    assert summary["leaning"] == [
+        {"label": 1, "answer": "9", "count": 1, "confidence": 431},
+        {"label": 2, "answer": "8", "count": 1},
+    ]
 
 
 def test_a_pruned_branch_is_explained_by_its_answer_and_the_leader_at_that_time() -> None:
@@ -92,6 +111,7 @@ def test_while_no_branch_has_finished_probed_branches_are_counted() -> None:
         "its latest answer was 7, which led with 2 of 3 probed branches",
     ]
     assert explanation["why"] == "The controller answered 7 (1 of 1 probed branch; no other was given)."
+    assert (explanation["agreement"], explanation["confidence"]) == (1.0, 3 / 4)
     assert explanation["estimates"] is None
 
 
@@ -148,6 +168,12 @@ def test_an_answer_of_the_baseline_is_attributed_to_the_baseline() -> None:
         "The baseline answered 7 (2 of 2 finished branches; no other was given); "
         "the baseline, short_m_at_k, had decided from round 0 on (raised)."
     )
+
+
+def test_the_baseline_that_an_episode_names_is_explained() -> None:
+    about = GIVEN_UP.about | {"fallback": "raised", "decided": 0, "baseline": "adaptive_consistency"}
+    explanation = explain(replace(GIVEN_UP, about=about))
+    assert explanation["why"].endswith("the baseline, adaptive_consistency, had decided from round 0 on (raised).")
 
 
 def test_an_episode_without_rounds_is_explained_by_its_stop_alone() -> None:
@@ -272,6 +298,17 @@ def test_any_legal_episode_can_be_explained_consistently(
 
 
 # The command
+
+
+@pytest.mark.process
+def test_trace_show_prints_known_confidences(tmp_path: Path) -> None:
+    chains = [RecordedBranch([], 80, answer, (), True, [sure], [sure]) for answer, sure in (("7", 912), ("8", 431))]
+    recorded = RecordedQuestion(question_id("q"), "m", "b", 100, chains, "7")
+    episode = serve(recorded, Spec("cisc"), 1.0, "r")
+    write(tmp_path / "s.db", [replace(episode, about=episode.about | {"signals": ["intervals"]})])
+    shown = autotts("trace", "show", "r", "--store", "s.db", folder=tmp_path).stdout
+    assert "7: 1 (912), 8: 1 (431)" in shown
+    assert "β = 1, m, signals: intervals" in shown
 
 
 @pytest.mark.process

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +78,32 @@ def test_consistent_records_pass_every_check(name: str, beta: float) -> None:
     assert report.holds
     body = json.loads(json.dumps(report.as_json()))
     assert (body["checked"], body["holds"]) == (True, True)
+
+
+def with_signals(recorded: RecordedQuestion, seed: int) -> RecordedQuestion:
+    """Return the recording with random signals of every interval and probe; right chains are surer."""
+    drawn = random.Random(seed)
+    branches = []
+    for branch in recorded.branches:
+        intervals, least = len(branch.probes) + 1, 500 if branch.final == "7" else 100
+        confidences, lowests = ([drawn.randrange(least, 1001) for _ in range(intervals)] for _ in range(2))
+        sure = [drawn.choice([None, drawn.randrange(1001)]) for _ in branch.probes]
+        branches.append(branch._replace(confidences=confidences, lowests=lowests, probe_confidences=sure))
+    return replace(recorded, branches=branches)
+
+
+@pytest.mark.parametrize(("name", "beta"), [("cisc", 0.5), ("confident", 0.6), ("mars", 0.5)])
+def test_episodes_of_controllers_that_read_signals_are_decided_and_replayed_alike(name: str, beta: float) -> None:
+    questions = [with_signals(recorded, seed) for seed, recorded in enumerate(QUESTIONS)]
+    records = consistent(Spec(name), beta, questions)
+    facts = [fact for one in records.episodes for played in unpack_rounds(one.trace) for fact in played.facts]
+    assert any(fact.confidence is not None for fact in facts)
+    report = check_parity(records, shuffles=3)
+    assert report.decisions.rounds == report.decisions.agreed
+    assert (report.decisions.disagreements, report.reproduced.differing, report.reproduced.episodes) == ([], [], 14)
+    plain = {request: live(recorded, request) for request, recorded in zip(records.recordings, QUESTIONS, strict=True)}
+    differing = check_parity(replace(records, recordings=plain), shuffles=3).reproduced.differing
+    assert differing  # without their signals, the recordings lead to other decisions
 
 
 def test_reported_means_equal_those_of_the_episodes() -> None:
@@ -243,7 +270,7 @@ LONG = replace(QUESTIONS[0], branches=[RecordedBranch(["7"] * 9, 930, "7", [3] *
 def replaced(rounds: int, cap: int | None = None, recorded: RecordedQuestion = LONG) -> ServedEpisode:
     limits = replace(LIMITS, max_tokens=cap, branch_tokens=1000, probe_tokens=3)
     made = serve(recorded, CMC, 0.5, "r", limits, controller=Replaced(make(CMC, 0.5), rounds, 0.5))
-    return replace(made, about=made.about | {"fallback": "late", "decided": rounds})
+    return replace(made, about=made.about | {"fallback": "late", "baseline": BASELINE, "decided": rounds})
 
 
 @pytest.mark.parametrize("cap", [None, 2200])
@@ -267,6 +294,16 @@ def test_episodes_decided_by_the_baseline_are_left_out_of_the_controllers_means(
     assert (group.episodes, group.recorded) == (12, 12)
     assert group.left_out == {"baseline decided": 1, "not_votable": 1}
     assert report.reproduced.episodes == 12
+
+
+def test_episodes_continued_at_a_larger_beta_are_left_out_of_the_controllers_means() -> None:
+    records = consistent()
+    first, *others = records.episodes
+    escalated = replace(first, about=first.about | {"escalated_at": 1, "escalated_beta": 1.0, "min_agreement": 0.7})
+    report = check_parity(replace(records, episodes=[escalated, *others]))
+    (group,) = report.groups
+    assert (group.episodes, group.left_out) == (13, {"continued at a larger β": 1})
+    assert report.reproduced.episodes == 13
 
 
 @pytest.mark.parametrize("stop", ["deadline", "upstream_error", "disconnected"])

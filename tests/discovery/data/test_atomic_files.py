@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from discovery.data.atomic_files import atomic_write, create_exclusively
 from discovery.data.shared_jsonl import SharedLines, WorkClaims
 from discovery.errors import FileWriteError
 from discovery.promotion.ledger import Ledger
-from discovery.promotion.registry import Registry
+from discovery.promotion.storage.registry_folder import RegistryFolder
 
 
 @contextmanager
@@ -65,7 +66,7 @@ def test_a_link_in_place_of_the_claims_or_lost_tokens_file_is_refused(tmp_path: 
 
 
 def test_a_registry_does_not_write_through_a_link(tmp_path: Path, target: Path) -> None:
-    registry = Registry(tmp_path / "registry")
+    registry = RegistryFolder(tmp_path / "registry")
     registry.folder.mkdir()
     (registry.folder / ".autotts-registry.json").symlink_to(target)
     with pytest.raises(FileExistsError):
@@ -116,3 +117,22 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "report.json") as file:
         file.write(b"{" * (1 // 0))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [1, 16, 511, 512, 513])
+def test_a_short_file_is_not_taken_for_a_database(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "short.json"
+    path.write_bytes(b"{" * size)
+    with atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_the_smallest_database_is_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "small.db"
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA page_size = 512")
+        database.execute("PRAGMA user_version = 1")
+    assert path.stat().st_size == 512
+    with pytest.raises(FileWriteError, match="is a database"), atomic_write(path) as file:
+        file.write(b"new")

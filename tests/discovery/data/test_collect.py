@@ -103,7 +103,7 @@ class Verb:
 
     async def kill(self) -> None:
         self.process.kill()
-        await self.process.wait()
+        await self.process.communicate()
 
 
 @asynccontextmanager
@@ -121,6 +121,11 @@ async def verb(url: str, asked: Path, out: Path, *arguments: str, key: str | Non
         if process.returncode is None:
             process.kill()
             await process.communicate()
+
+
+async def collect_singly(*arguments: Any, **options: Any) -> CollectionProgress:
+    """Collect with one branch per request, so that requests can be counted."""
+    return await collect(*arguments, per_request=1, **options)
 
 
 def content(path: Path) -> bytes:
@@ -144,9 +149,10 @@ def spent(out: Path) -> int:
 
 
 def check_complete(out: Path) -> list[RecordedQuestion]:
-    """Check that every branch of every question is recorded once and complete, and return the recordings."""
+    """Check that every branch of every question is recorded once and complete. Return recordings by question."""
     assert set(parts(out).values()) == {1}
-    recordings = read_jsonl(out)
+    order = [question_id(f"question {i}") for i in range(QUESTIONS)]
+    recordings = sorted(read_jsonl(out), key=lambda recorded: order.index(recorded.question))
     assert [len(one.branches) for one in recordings] == [BRANCHES] * QUESTIONS
     assert all(one.complete for one in recordings)
     return recordings
@@ -177,8 +183,8 @@ async def test_a_collected_recording_is_complete_and_names_its_settings(
         state = State(Limits(INTERVAL, max_branches=BRANCHES))
         run_sync(run_episode(create("sc@5", 1), ReplayEnvironment(intern_answers(recording), range(BRANCHES)), state))
         assert state.stop is Stop.ANSWERED
-    sent = backend.requests[-1]
-    assert (sent["temperature"], sent["top_p"]) in [(0.5, 0.9), (0.0, sent.get("top_p"))]
+    sent = backend.requests[0]
+    assert (sent["temperature"], sent["top_p"], sent["n"]) == (0.5, 0.9, BRANCHES)
 
 
 async def test_question_texts_are_stored_only_with_keep_text(
@@ -237,20 +243,21 @@ async def test_the_collect_command_records_refuses_to_overwrite_and_resumes(url:
 async def test_a_killed_collection_resumes_without_repeating_saved_branches(
     backend: FakeVLLM, url: str, asked: Path, out: Path
 ) -> None:
-    backend.fault, backend.fault_after = "hang", 30
-    async with verb(url, asked, out, "--at-once", "2") as command:
-        await until(lambda: backend.running == 2 and backend.hanging.is_set())
+    backend.fault, backend.fault_after = "hang", 2  # the second question's request
+    async with verb(url, asked, out, "--at-once", str(BRANCHES)) as command:
+        await until(lambda: backend.branches == BRANCHES and backend.hanging.is_set())
         await command.kill()
     known = lines(out)
-    assert 0 < len(known) < ALL
-    assert backend.opened == len(known) + 2
-    await asyncio.wait_for(backend.idle.wait(), 10)  # abandoned requests are cancelled
+    assert len(known) == BRANCHES
+    assert backend.opened == 2 * BRANCHES
+    async with asyncio.timeout(10):
+        await backend.idle.wait()  # abandoned requests are cancelled
     backend.fault = ""
     async with verb(url, asked, out, "--resume") as command:
         await command.ends(0)
     check_complete(out)
     assert lines(out)[: len(known)] == known
-    assert backend.opened == ALL + 2
+    assert backend.opened == ALL + BRANCHES
 
 
 @pytest.mark.process
@@ -258,13 +265,14 @@ async def test_a_killed_collection_resumes_without_repeating_saved_branches(
 async def test_an_interrupted_collection_keeps_finished_branches(
     backend: FakeVLLM, url: str, asked: Path, out: Path, number: signal.Signals
 ) -> None:
-    backend.fault, backend.fault_after = "hang", 30
-    async with verb(url, asked, out, "--at-once", "2") as command:
-        await until(lambda: backend.running == 2 and backend.hanging.is_set())
+    backend.fault, backend.fault_after = "hang", 2  # the second question's request
+    async with verb(url, asked, out, "--at-once", str(BRANCHES)) as command:
+        await until(lambda: backend.branches == BRANCHES and backend.hanging.is_set())
         command.process.send_signal(number)
         assert "interrupted; finished branches are saved, continue with --resume" in await command.ends(130)
-    await asyncio.wait_for(backend.idle.wait(), 10)
-    assert 0 < len(lines(out)) == sum(parts(out).values())
+    async with asyncio.timeout(10):
+        await backend.idle.wait()
+    assert len(lines(out)) == sum(parts(out).values()) == BRANCHES
 
 
 async def test_an_incomplete_line_is_collected_again(
@@ -286,7 +294,7 @@ async def test_two_collectors_share_the_work(backend: FakeVLLM, url: str, asked:
     backend.gate.clear()
     few = ("--resume", "--at-once", "3")
     async with verb(url, asked, out, *few) as first, verb(url, asked, out, *few) as second:
-        await until(lambda: backend.running == 6)  # both work, on different branches
+        await until(lambda: backend.branches == 6)  # both work, on different branches
         backend.gate.set()
         outputs = [await first.ends(0), await second.ends(0)]
     check_complete(out)
@@ -303,9 +311,9 @@ async def test_branches_of_a_killed_collector_are_done_by_another(
     backend.gate.clear()
     few = ("--resume", "--at-once", "3")
     async with verb(url, asked, out, *few) as first, verb(url, asked, out, *few) as second:
-        await until(lambda: backend.running == 6)
+        await until(lambda: backend.branches == 6)
         await first.kill()
-        await until(lambda: backend.running == 3)
+        await until(lambda: backend.branches == 3)
         backend.gate.set()
         await second.ends(0)
     check_complete(out)
@@ -356,7 +364,7 @@ async def test_the_reserve_of_a_branch_is_sent_as_the_token_cap_of_its_request(
 ) -> None:
     """The first branch runs alone, because the number of probes is not known yet."""
     async with answering(lambda _: recorded()) as stub:
-        await collect(stub.url, "sesame", questions, replace(ORDER, max_tokens=70), out, 8, 10**6)
+        await collect_singly(stub.url, "sesame", questions, replace(ORDER, max_tokens=70), out, 8, 10**6)
     first, *others = (asked["tts"]["max_total_tokens"] for asked in stub.asked)
     assert first == (70 + 3 * PROBE_TOKENS) * 8 // 7 + CLOSING_TOKENS
     assert others == [(70 + 2 * PROBE_TOKENS) * 8 // 7 + CLOSING_TOKENS] * (ALL - 1)
@@ -365,11 +373,13 @@ async def test_the_reserve_of_a_branch_is_sent_as_the_token_cap_of_its_request(
 async def test_a_budget_needs_a_limit_per_branch(questions: Sequence[Question], out: Path) -> None:
     async with answering(lambda _: recorded(), longest=None) as stub:
         with pytest.raises(CollectError, match=r"context length of fake-model: .* needs --max-tokens"):
-            await collect(stub.url, "sesame", questions, ORDER, out, budget=10**6)
-        assert (await collect(stub.url, "sesame", questions, replace(ORDER, max_tokens=70), out, budget=10**6)).done
+            await collect_singly(stub.url, "sesame", questions, ORDER, out, budget=10**6)
+        assert (
+            await collect_singly(stub.url, "sesame", questions, replace(ORDER, max_tokens=70), out, budget=10**6)
+        ).done
     async with answering(lambda _: recorded(WHOLE | {"complete": False}, stop="max_tokens")) as stub:
         with pytest.raises(CollectError, match="--max-tokens-total left it 1,430 tokens, which may be too few"):
-            await collect(stub.url, "sesame", questions, ORDER, out.with_name("other.jsonl"), budget=10**6)
+            await collect_singly(stub.url, "sesame", questions, ORDER, out.with_name("other.jsonl"), budget=10**6)
     assert spent_on_nothing(out.with_name("other.jsonl")) == 69
 
 
@@ -383,22 +393,24 @@ async def test_retries_respect_the_budget_and_lost_tokens_are_recorded(
     order = replace(ORDER, max_tokens=100, branches=1)
     fail = "the upstream failed"
     async with answering(lambda _: refused(502, fail, x_tts_tokens="1000")) as stub:
-        at = await collect(stub.url, "sesame", questions, order, out, 1, 3500, timing=RetryTiming(0))
+        at = await collect_singly(stub.url, "sesame", questions, order, out, 1, 3500, timing=RetryTiming(0))
         assert (at.is_out_of_budget, at.skipped, at.spent, len(stub.asked)) == (True, [], 3000, 3)
         for budget, times in ((3500, 3), (3000 + order.reserved_tokens(None), 4)):
-            at = await collect(stub.url, "sesame", questions, order, out, 1, budget, timing=RetryTiming(0))
+            at = await collect_singly(stub.url, "sesame", questions, order, out, 1, budget, timing=RetryTiming(0))
             assert (at.is_out_of_budget, len(stub.asked)) == (True, times)
     assert (at.spent, spent_on_nothing(out), content(out)) == (4000, 4000, b"")
     async with answering(lambda _: recorded()) as stub:
-        other = await collect(stub.url, "sesame", questions, replace(order, temperature=0.5), out, 1, 3500)
+        other = await collect_singly(stub.url, "sesame", questions, replace(order, temperature=0.5), out, 1, 3500)
         assert (other.done, other.spent) == (QUESTIONS, QUESTIONS * 69)  # other settings have lost no tokens
-        assert (await collect(stub.url, "sesame", questions, order, out, 1, 10**6)).spent == 4000 + QUESTIONS * 69
+        assert (
+            await collect_singly(stub.url, "sesame", questions, order, out, 1, 10**6)
+        ).spent == 4000 + QUESTIONS * 69
 
 
 async def test_a_failure_of_unknown_cost_is_charged_its_full_reserve(questions: Sequence[Question], out: Path) -> None:
     order = replace(ORDER, max_tokens=100, branches=1)
     async with answering(lambda number: None if number == 1 else recorded()) as stub:
-        at = await collect(stub.url, "sesame", questions, order, out, 1, 10**6, timing=RetryTiming(0))
+        at = await collect_singly(stub.url, "sesame", questions, order, out, 1, 10**6, timing=RetryTiming(0))
     assert (at.done, at.spent) == (QUESTIONS, QUESTIONS * 69 + order.reserved_tokens(INTERVAL))
 
 
@@ -414,7 +426,7 @@ async def test_a_request_that_was_not_sent_costs_nothing(questions: Sequence[Que
                 await stub.start()
             await time.nap(seconds)
 
-        at = await collect(
+        at = await collect_singly(
             stub.url, "sesame", questions, replace(ORDER, branches=1), out, 1, 10**6, timing=RetryTiming(1, nap)
         )
     assert (at.done, at.spent, len(stub.asked)) == (QUESTIONS, QUESTIONS * 69, QUESTIONS + 1)
@@ -426,9 +438,9 @@ async def test_an_invalid_line_of_lost_tokens_is_refused(questions: Sequence[Que
     put(lost, b'{"of": [], "tokens": 3}\n{"tokens": 3}\n')
     async with answering(lambda _: recorded()) as stub:
         with pytest.raises(BadRecording, match=r"out.jsonl.lost:2: not a record of lost tokens"):
-            await collect(stub.url, "sesame", questions, ORDER, out)
+            await collect_singly(stub.url, "sesame", questions, ORDER, out)
         put(lost, b'{"of": [], "tokens": 3}\n{"of"')  # its writer was killed
-        assert (await collect(stub.url, "sesame", questions, ORDER, out)).spent == ALL * 69
+        assert (await collect_singly(stub.url, "sesame", questions, ORDER, out)).spent == ALL * 69
 
 
 @pytest.mark.process
@@ -485,7 +497,7 @@ def test_the_progress_bar_shows_tokens_cost_and_remaining_time() -> None:
 async def test_elapsed_seconds_are_measured_by_the_given_clock(questions: Sequence[Question], out: Path) -> None:
     async with answering(lambda _: recorded()) as stub:
         pace = RetryTiming(clock=lambda: 500.0 * len(stub.asked))
-        at = await collect(stub.url, "sesame", questions, ORDER, out, 1, timing=pace)
+        at = await collect_singly(stub.url, "sesame", questions, ORDER, out, 1, timing=pace)
     assert at.seconds == 500 * ALL
 
 
@@ -499,7 +511,7 @@ async def test_elapsed_seconds_are_measured_by_the_given_clock(questions: Sequen
         (None, "AUTOTTS_ADMIN_KEY is not set: recording needs the admin key"),
         ("", "AUTOTTS_ADMIN_KEY is not set"),
         ("schlüssel", "AUTOTTS_ADMIN_KEY has characters that are not allowed in an HTTP header"),
-        ("open", "the proxy returns 403: controller everything@1 is for admins"),
+        ("open", "the proxy returns 403: controller everything@5 is for admins"),
     ],
 )
 async def test_invalid_admin_keys_are_refused(url: str, asked: Path, out: Path, key: str | None, message: str) -> None:
@@ -614,7 +626,24 @@ class Stub:
         response = self.answer(len(self.asked) - 1)
         if response is None and request.transport is not None:
             request.transport.abort()
-        return response or web.Response()
+        return _repeated(response, self.counts[-1]) if response else web.Response()
+
+    @property
+    def counts(self) -> list[int]:
+        """Number of branches that each request asked for."""
+        return [int(asked["tts"]["controller"].removeprefix("everything@")) for asked in self.asked]
+
+
+def _repeated(response: web.Response, count: int) -> web.Response:
+    """Return a reply whose only recorded branch is repeated as often as the request asked for branches."""
+    if response.content_type != "application/json" or not (response.text or "").startswith('{"id": "c", "object"'):
+        return response
+    reply = json.loads(response.text or "")
+    recording = reply["tts"]["recording"]
+    if count > 1 and isinstance(recording, dict) and len(recording["branches"]) == 1:
+        recording["branches"] *= count
+        reply["tts"]["tokens"]["total"] *= count
+    return web.json_response(reply)
 
 
 @asynccontextmanager
@@ -659,7 +688,7 @@ def refused(status: int, message: str, **headers: str) -> web.Response:
 async def test_requests_carry_the_settings_of_the_plan(questions: Sequence[Question], out: Path) -> None:
     async with answering(lambda _: recorded(sampling={"temperature": 0.7})) as stub:
         order = CollectionPlan(MODEL, "hard", 1, "boxed", temperature=0.7)
-        await collect(f"{stub.url}/v1/", "sesame", questions[:1], order, out)
+        await collect_singly(f"{stub.url}/v1/", "sesame", questions[:1], order, out)
     assert stub.asked == [
         {
             "model": MODEL,
@@ -669,6 +698,22 @@ async def test_requests_carry_the_settings_of_the_plan(questions: Sequence[Quest
         }
     ]
     assert stub.keys == ["Bearer sesame"]
+
+
+async def test_signals_are_requested_and_recorded_beside_branches_without_them(
+    questions: Sequence[Question], out: Path
+) -> None:
+    """Both kinds of branches belong to one recording; branches that lack requested signals are counted."""
+    sure = WHOLE | {"confidences": [900, 800], "lowests": [700, 600], "probe_confidences": [500]}
+    order = CollectionPlan("", "hard", 1, signals=True)
+    async with answering(lambda number: recorded(sure if number else WHOLE)) as stub:
+        at = await collect(stub.url, "sesame", questions[:1], order, out)
+        assert (at.done, at.without_signals, stub.asked[0]["tts"]["signals"]) == (1, 1, True)
+        at = await collect(stub.url, "sesame", questions[:1], replace(order, branches=3), out)
+        assert (at.done, at.mine, at.without_signals) == (3, 2, 0)
+    (recording,) = read_jsonl(out)
+    assert [list(branch.confidences) for branch in recording.branches] == [[], [900, 800], [900, 800]]
+    assert [list(branch.probe_confidences) for branch in recording.branches] == [[], [500], [500]]
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
@@ -682,7 +727,7 @@ async def test_a_branch_is_on_disk_before_the_next_is_requested(
         return recorded()
 
     async with answering(answer) as stub:
-        await collect(stub.url, "sesame", questions, ORDER, out, at_once)
+        await collect_singly(stub.url, "sesame", questions, ORDER, out, at_once)
     assert max(flying) == at_once - 1
 
 
@@ -690,7 +735,7 @@ async def test_a_branch_is_on_disk_before_the_next_is_requested(
 async def test_transient_errors_are_retried_three_times(questions: Sequence[Question], out: Path, status: int) -> None:
     """The waiting time doubles with each attempt."""
     async with answering(lambda number: refused(status, "later") if number < 3 else recorded()) as stub:
-        at = await collect(
+        at = await collect_singly(
             stub.url, "sesame", questions[:1], replace(ORDER, branches=1), out, timing=RetryTiming(0.001)
         )
     assert (at.done, len(stub.asked)) == (1, 4)
@@ -699,9 +744,9 @@ async def test_transient_errors_are_retried_three_times(questions: Sequence[Ques
 async def test_a_dropped_connection_is_retried(questions: Sequence[Question], out: Path) -> None:
     order = replace(ORDER, branches=1)
     async with answering(lambda number: None if number < 2 else recorded()) as stub:
-        assert (await collect(stub.url, "sesame", questions[:1], order, out, timing=RetryTiming(0))).done == 1
+        assert (await collect_singly(stub.url, "sesame", questions[:1], order, out, timing=RetryTiming(0))).done == 1
     async with answering(lambda _: None) as stub:
-        at = await collect(stub.url, "sesame", questions, order, out, timing=RetryTiming(0))
+        at = await collect_singly(stub.url, "sesame", questions, order, out, timing=RetryTiming(0))
     assert (at.done, len(at.skipped), len(stub.asked)) == (1, 2, 8)
     assert min(at.skipped).startswith(f"question q1, branch 0: {stub.url}/v1/: ")
 
@@ -733,7 +778,7 @@ async def test_a_retry_waits_as_long_as_the_proxy_asks(questions: Sequence[Quest
     time = Time()
     says = [{"retry_after": "7"}, {"retry_after": "soon"}, {"retry_after": "86400", "x_tts_tokens": "50"}]
     async with answering(lambda i: refused(429, "later", **says[i]) if i < 3 else recorded()) as stub:
-        at = await collect(stub.url, "sesame", questions[:1], replace(ORDER, branches=1), out, timing=time.pace)
+        at = await collect_singly(stub.url, "sesame", questions[:1], replace(ORDER, branches=1), out, timing=time.pace)
     assert time.naps == [7.0, 2.0, 300.0]
     assert (at.tokens, at.spent) == (119, 119)
 
@@ -753,7 +798,7 @@ async def test_a_temporarily_unavailable_proxy_costs_no_branch(
 
     async with answering(say) as stub:
         stub.readiness = [0, 503] * 60 + [200]
-        at = await collect(stub.url, "sesame", questions, ORDER, out, 8, timing=time.pace)
+        at = await collect_singly(stub.url, "sesame", questions, ORDER, out, 8, timing=time.pace)
     assert (at.done, at.skipped) == (ALL, [])
     assert len(stub.asked) == ALL + 8
     assert Counter(time.naps) == {1.0: 8, PAUSE_S: 120}
@@ -766,10 +811,10 @@ async def test_waiting_for_an_unavailable_proxy_ends_after_900_seconds(
 ) -> None:
     time = Time()
     async with answering(lambda _: recorded()) as stub:
-        await collect(stub.url, "sesame", questions[:1], ORDER, out)
+        await collect_singly(stub.url, "sesame", questions[:1], ORDER, out)
         stub.answer, stub.readiness, stub.asked = lambda _: None, [0], []
         with pytest.raises(CollectError, match=r"not been available for 900 s \(.*\); .* --resume continues"):
-            await collect(stub.url, "sesame", questions, ORDER, out, 8, timing=time.pace)
+            await collect_singly(stub.url, "sesame", questions, ORDER, out, 8, timing=time.pace)
     assert AWAY_S < time.now < AWAY_S + 9
     assert (len(stub.asked), len(lines(out))) == (1, BRANCHES)
 
@@ -802,8 +847,8 @@ async def test_branches_claimed_by_another_process_are_left_to_it(questions: Seq
             other.stdin.close()
 
     async with answering(lambda _: recorded()) as stub:
-        at = await collect(stub.url, "sesame", questions[:1], order, out, on_change=change)
-    await other.wait()
+        at = await collect_singly(stub.url, "sesame", questions[:1], order, out, on_change=change)
+    await other.communicate()
     assert before
     assert (at.done, len(stub.asked)) == (300, 300)
 
@@ -827,7 +872,7 @@ async def test_a_permanent_refusal_ends_the_collection_at_once(
 ) -> None:
     async with answering(lambda _: refused(status, "do otherwise")) as stub:
         with pytest.raises(CollectError, match=f"the proxy returns {status}: do otherwise") as caught:
-            await collect(stub.url, "sesame", questions, ORDER, out)
+            await collect_singly(stub.url, "sesame", questions, ORDER, out)
     assert ("AUTOTTS_ADMIN_KEY" in str(caught.value)) == (status in (401, 403))
     assert len(stub.asked) <= 8
 
@@ -856,13 +901,13 @@ async def test_equal_refusals_of_the_first_three_questions_end_the_collection(tm
     many = [Question.model_validate({"question": f"{i}"}) for i in range(20)]
     async with answering(lambda _: refused(400, "no such field")) as stub:
         with pytest.raises(CollectError, match="each of the first 3 questions with the same error: 400: no such field"):
-            await collect(stub.url, "sesame", many, ORDER, out, 1)
+            await collect_singly(stub.url, "sesame", many, ORDER, out, 1)
         assert len(stub.asked) == 3
         stub.answer, stub.asked = lambda number: refused(400, f"it has {number} tokens"), []
-        at = await collect(stub.url, "sesame", many, ORDER, out, 1)
+        at = await collect_singly(stub.url, "sesame", many, ORDER, out, 1)
         assert (len(at.skipped), at.done, at.is_out_of_budget) == (20, 0, False)
         stub.answer, stub.asked = lambda number: recorded() if number == 2 else refused(400, "image"), []
-        at = await collect(stub.url, "sesame", many, replace(ORDER, branches=1), out, 1)
+        at = await collect_singly(stub.url, "sesame", many, replace(ORDER, branches=1), out, 1)
         assert (len(at.skipped), at.done) == (19, 1)
 
 
@@ -878,12 +923,12 @@ async def test_a_changed_reference_or_split_is_refused_on_resume(
     questions: Sequence[Question], out: Path, change: dict[str, Any], message: str
 ) -> None:
     async with answering(lambda _: recorded()) as stub:
-        await collect(stub.url, "sesame", questions, ORDER, out, 1)
+        await collect_singly(stub.url, "sesame", questions, ORDER, out, 1)
         before, corrected = content(out), [questions[0], questions[1].model_copy(update=change), questions[2]]
         with pytest.raises(CollectError, match=f"{message}.*; set it back, .* or collect into another file"):
-            await collect(stub.url, "sesame", corrected, replace(ORDER, branches=9), out)
+            await collect_singly(stub.url, "sesame", corrected, replace(ORDER, branches=9), out)
         assert (len(stub.asked), content(out)) == (ALL, before)
-        await collect(stub.url, "sesame", corrected, ORDER, out.with_name("other.jsonl"))
+        await collect_singly(stub.url, "sesame", corrected, ORDER, out.with_name("other.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -909,24 +954,90 @@ async def test_an_invalid_recording_ends_the_collection(
 ) -> None:
     async with answering(answer) as stub:
         with pytest.raises(CollectError, match=message):
-            await collect(stub.url, "sesame", questions, ORDER, out, 2)
+            await collect_singly(stub.url, "sesame", questions, ORDER, out, 2)
     assert len(stub.asked) <= 4
 
 
 async def test_a_branch_cut_by_an_upstream_error_is_retried(questions: Sequence[Question], out: Path) -> None:
     cut = WHOLE | {"complete": False, "tokens": 40}
     async with answering(lambda i: recorded(cut, stop="upstream_error") if i == 1 else recorded()) as stub:
-        at = await collect(stub.url, "sesame", questions[:1], ORDER, out, 1, timing=RetryTiming(0))
+        at = await collect_singly(stub.url, "sesame", questions[:1], ORDER, out, 1, timing=RetryTiming(0))
     assert (at.done, at.tokens, len(stub.asked)) == (BRANCHES, 69 * (BRANCHES + 1), BRANCHES + 1)
+
+
+async def test_a_request_asks_for_several_branches_of_one_question(questions: Sequence[Question], out: Path) -> None:
+    """Branches in flight never exceed `at_once`, and all branches of a reply are on disk before the next request."""
+    flying: list[int] = []
+
+    def answer(number: int) -> web.Response:
+        flying.append(sum(stub.counts) - len(lines(out)))
+        return recorded()
+
+    async with answering(answer) as stub:
+        at = await collect(stub.url, "sesame", questions, replace(ORDER, branches=20), out, 24)
+    assert (at.done, max(flying)) == (60, 24)
+    assert {asked["messages"][0]["content"] for asked in stub.asked} == {f"question {i}" for i in range(QUESTIONS)}
+    assert stub.counts[:2] == [16, 4]
+    assert set(parts(out).values()) == {1}
+
+
+async def test_the_cap_of_a_request_is_the_reserve_of_all_its_branches(
+    questions: Sequence[Question], out: Path
+) -> None:
+    """The first branch runs alone. Later requests have as many branches as the budget allows."""
+    plan = replace(ORDER, max_tokens=70, branches=9)
+    reserve = plan.reserved_tokens(INTERVAL)
+    async with answering(lambda _: recorded()) as stub:
+        at = await collect(stub.url, "sesame", questions, plan, out, 8, 5 * reserve)
+    assert stub.counts[:2] == [1, 4]
+    assert [asked["tts"]["max_total_tokens"] for asked in stub.asked[1:]] == [n * reserve for n in stub.counts[1:]]
+    assert (at.done, at.spent) == (27, 27 * 69)
+
+
+async def test_complete_branches_of_a_failed_request_are_kept_and_the_others_requested_again(
+    questions: Sequence[Question], out: Path
+) -> None:
+    cut = WHOLE | {"complete": False, "tokens": 40}
+    reply: dict[str, Any] = {
+        "branches": [WHOLE, cut, WHOLE, cut, cut],
+        "stop": "upstream_error",
+        "tokens": {"total": 2 * 69 + 3 * 49},
+    }
+    async with answering(lambda number: recorded(**({} if number else reply))) as stub:
+        at = await collect(stub.url, "sesame", questions[:1], ORDER, out, timing=RetryTiming(0))
+    assert stub.counts == [5, 3]
+    assert (at.done, at.spent) == (BRANCHES, BRANCHES * 69 + 3 * 49)
+    assert spent_on_nothing(out) == 3 * 49
+    assert set(parts(out).values()) == {1}
+    assert [line["part"] for line in lines(out)] == [0, 2, 1, 3, 4]
+
+
+async def test_skipped_branches_of_a_request_are_named(questions: Sequence[Question], out: Path) -> None:
+    cut = WHOLE | {"complete": False}
+    reply: dict[str, Any] = {"branches": [cut, WHOLE, cut], "stop": "upstream_error"}
+    order = replace(ORDER, branches=3)
+    async with answering(lambda number: refused(503, "later") if number else recorded(**reply)) as stub:
+        at = await collect(stub.url, "sesame", questions[:1], order, out, timing=RetryTiming(0))
+    assert (at.done, at.skipped) == (1, ["question q0, branches 0, 2: 503: later"])
+
+
+async def test_a_proxy_that_opens_fewer_branches_per_request_is_asked_for_fewer(
+    questions: Sequence[Question], out: Path
+) -> None:
+    async with answering(lambda number: recorded(branches=[WHOLE] * min(2, stub.counts[number]))) as stub:
+        at = await collect(stub.url, "sesame", questions, ORDER, out, 5)
+    assert at.done == ALL
+    assert max(stub.counts[1:]) == 2
+    assert set(parts(out).values()) == {1}
 
 
 async def test_a_changed_proxy_is_noticed_at_the_first_branch(questions: Sequence[Question], out: Path) -> None:
     async with answering(lambda _: recorded()) as stub:
-        await collect(stub.url, "sesame", questions[:1], ORDER, out)
+        await collect_singly(stub.url, "sesame", questions[:1], ORDER, out)
     before = content(out)
     async with answering(lambda _: recorded(chat_template="new")) as stub:
         with pytest.raises(CollectError, match="chat template was '' and is now 'new'; the two are not comparable"):
-            await collect(stub.url, "sesame", questions, ORDER, out)
+            await collect_singly(stub.url, "sesame", questions, ORDER, out)
     assert len(stub.asked) == 1
     assert content(out) == before
 
@@ -960,11 +1071,11 @@ async def test_an_output_file_with_lines_of_another_kind_is_refused(
     before = content(out)
     async with answering(lambda _: recorded()) as stub:
         with pytest.raises(error, match=message):
-            await collect(stub.url, "sesame", questions, ORDER, out)
+            await collect_singly(stub.url, "sesame", questions, ORDER, out)
     assert (stub.asked, content(out)) == ([], before)
 
 
 async def test_the_model_must_be_named_if_several_are_served(questions: Sequence[Question], out: Path) -> None:
     async with answering(lambda _: recorded(), [MODEL, "other"]) as stub:
         with pytest.raises(CollectError, match="--model is needed; the proxy serves fake-model, other"):
-            await collect(stub.url, "sesame", questions, ORDER, out)
+            await collect_singly(stub.url, "sesame", questions, ORDER, out)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from discovery.errors import GateError, HistoryError, PromotionError
 from discovery.promotion.ledger import Ledger
 from discovery.promotion.registry import ChangeCause, Registry
 from discovery.search.history import History
+from tests.discovery.promotion.outside import folder_of
 
 LOGS = Path(__file__).parent / "logs"
 NOON = datetime(2026, 11, 29, 2, tzinfo=UTC)
@@ -61,7 +63,7 @@ def test_an_earlier_history_is_continued_with_the_same_bytes(tmp_path: Path) -> 
 def test_an_earlier_ledger_is_read() -> None:
     first, second = Ledger(LOGS / "ledger.jsonl").judgements()
     assert (first.k, first.verdict, first.who, first.report["headline"]) == (1, "reject", "zoë", "β → +0.10 points")
-    assert second.model_dump(exclude={"after"}) == DISTURBED
+    assert second.model_dump(exclude={"after", "model", "sequence"}) == DISTURBED
 
 
 def test_an_earlier_ledger_is_continued_with_the_same_bytes(tmp_path: Path) -> None:
@@ -83,7 +85,7 @@ def test_an_earlier_audit_log_is_read(tmp_path: Path) -> None:
         shutil.copy(LOGS / name, tmp_path)
     registry = Registry(tmp_path)
     assert [line["action"] for line in registry.audit()] == ["install as shadow", "install as canary", "drop canary"]
-    assert registry.read().stages == {
+    assert registry.read().default.stages == {
         RolloutStage.SHADOW: FIRST.digest,
         RolloutStage.CANARY: None,
         RolloutStage.CHAMPION: None,
@@ -92,11 +94,21 @@ def test_an_earlier_audit_log_is_read(tmp_path: Path) -> None:
 
 def test_an_earlier_audit_log_is_continued_with_the_same_bytes(tmp_path: Path) -> None:
     registry = earlier_registry(tmp_path)
-    written = registry.audit_path.read_bytes()
+    written = folder_of(registry).audit_log.path.read_bytes()
     assert written == without_last_line("audit.jsonl", tmp_path).read_bytes()
     registry.drop_canary(SECOND.digest, ChangeCause("watcher", "tokens", NOON))
     for name in ("audit.jsonl", "registry.json"):
         assert (tmp_path / name).read_bytes() == (LOGS / name).read_bytes()
+
+
+def test_an_earlier_registry_is_upgraded_by_the_first_change_for_a_model(tmp_path: Path) -> None:
+    registry = earlier_registry(tmp_path)
+    before = registry.read()
+    registry.promote(SECOND.digest, RolloutStage.CHAMPION, 0, ChangeCause("me", "", NOON), "small")
+    assert json.loads(folder_of(registry).file.read_bytes())["format"] == 2
+    after = registry.read()
+    assert (after.default, after.own("small").champion) == (before.default, SECOND.digest)
+    assert [line.get("model") for line in registry.audit()] == [None, None, "small"]
 
 
 def test_a_changed_byte_of_an_earlier_log_is_found(tmp_path: Path) -> None:

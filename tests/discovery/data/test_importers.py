@@ -34,6 +34,14 @@ LINE = {
     "branches": [{"probes": ["1", None], "tokens": 1200, "final": "7", "probe_tokens": [9, 9]}],
 }
 
+SIGNALLED = {
+    "probes": ["1"],
+    "tokens": 700,
+    "confidences": [900, 800],
+    "lowests": [700, 600],
+    "probe_confidences": [990],
+}
+
 
 def write(folder: Path, name: str, content: Any) -> Path:
     path = folder / name
@@ -110,6 +118,21 @@ def test_cells_of_a_release_are_named_by_its_folders_and_files(tmp_path: Path) -
         ({"branches": [{"probes": [], "tokens": 1.5}]}, "branches.0.tokens: Input should be a valid integer"),
         ({"branches": [{"probes": [3], "tokens": 1}]}, "branches.0.probes.0: Input should be a valid string"),
         ({"branches": [{"probes": [], "tokens": 1, "probe_tokens": [3]}]}, "1 probe_tokens for 0 probes"),
+        (
+            {"branches": [SIGNALLED | {"confidences": [900, 1001]}]},
+            "branches.0.confidences.1: Input should be less than",
+        ),
+        ({"branches": [SIGNALLED | {"lowests": [-1, 80]}]}, "branches.0.lowests.0: Input should be greater than"),
+        ({"branches": [SIGNALLED | {"lowests": [0.5, 80]}]}, "branches.0.lowests.0: Input should be a valid integer"),
+        ({"branches": [SIGNALLED | {"confidences": [900]}]}, "1 confidences but 2 lowests; each interval needs both"),
+        ({"branches": [SIGNALLED | {"confidences": [None, 800]}]}, "an interval has only one of confidence and lowest"),
+        ({"branches": [SIGNALLED | {"probes": []}]}, "1 probe_confidences for 0 probes"),
+        ({"branches": [SIGNALLED | {"confidences": [9] * 3, "lowests": [9] * 3}]}, "3 confidences for 1 probes"),
+        (
+            {"branches": [SIGNALLED | {"complete": False, "probes": ["1"] * 3, "probe_confidences": []}]},
+            "2 confidences for 3 probes; a complete branch has one more than probes, and a censored branch",
+        ),
+        ({"branches": [SIGNALLED | {"confidence": [9]}]}, "there is no such field; .*confidences, lowests, probe_conf"),
         ({"interval": 0}, "interval: Input should be greater than"),
         ({"split": "test"}, "split: Input should be 'search', 'validation' or 'held-out'"),
         ({"question": None}, "question or id is needed"),
@@ -160,11 +183,21 @@ answers = st.none() | st.text(max_size=5)
 counts = st.integers(0, 2**31 - 1)
 
 
+confidences = st.none() | st.integers(0, 1000)
+
+
 @st.composite
 def branches(draw: st.DrawFn) -> RecordedBranch:
-    probes = draw(st.lists(answers, max_size=4))
+    probes, complete = draw(st.lists(answers, max_size=4)), draw(st.booleans())
     costs = draw(st.just([]) | st.lists(counts, min_size=len(probes), max_size=len(probes)))
-    return RecordedBranch(probes, draw(counts), draw(answers), costs, draw(st.booleans()))
+    most = len(probes) + (1 if complete else 3)
+    least = len(probes) + complete
+    pairs = st.just((None, None)) | st.tuples(st.integers(0, 1000), st.integers(0, 1000))
+    intervals = draw(st.just(()) | st.lists(pairs, min_size=least, max_size=most))
+    sure = draw(st.just(()) | st.lists(confidences, min_size=len(probes), max_size=len(probes)))
+    sure_of = [confidence for confidence, _ in intervals] or ()
+    lowests = [lowest for _, lowest in intervals] or ()
+    return RecordedBranch(probes, draw(counts), draw(answers), costs, complete, sure_of, lowests, sure or ())
 
 
 recordings = st.builds(
@@ -194,6 +227,19 @@ def test_a_written_line_is_read_back_unchanged(
     path = tmp_path_factory.mktemp("lines") / "x.jsonl"
     path.write_text(format_recording_line(recorded), encoding="utf-8")
     assert read_jsonl(path) == [recorded]
+
+
+def test_a_line_keeps_signals_and_null_for_unknown_ones(tmp_path: Path) -> None:
+    branch = SIGNALLED | {"confidences": [900, None], "lowests": [700, None], "probe_confidences": [None]}
+    (recorded,) = read_jsonl(write(tmp_path, "x.jsonl", LINE | {"branches": [branch]}))
+    assert recorded.branches[0][5:] == ([900, None], [700, None], [None])
+    assert json.loads(format_recording_line(recorded))["branches"][0] == branch
+
+
+def test_a_line_without_signals_is_written_as_before(tmp_path: Path) -> None:
+    (recorded,) = read_jsonl(write(tmp_path, "x.jsonl", LINE))
+    assert not recorded.branches[0].has_signals
+    assert json.loads(format_recording_line(recorded))["branches"] == LINE["branches"]
 
 
 def test_a_written_line_omits_fields_with_default_values() -> None:

@@ -17,7 +17,6 @@ from discovery.evaluation.afs import (
     Curve,
     CurvePoint,
     accuracy_at,
-    afs_per_question,
     area_under,
     chain_anchor,
     curves,
@@ -128,17 +127,6 @@ def test_jumps_of_zero_width_lose_no_precision() -> None:
         share = np.log(CHAINS * 1000 / tokens) / np.log(CHAINS)
         for line in ([(tokens, 100.0)], [(tokens, 0.0), (tokens, 100.0)], [(tokens, 7.0)] * 3 + [(tokens, 100.0)]):
             assert area_under(line, CHAIN) == pytest.approx(40 + 60 * share, abs=1e-9)
-
-
-@settings(max_examples=50, deadline=None)
-@given(tokens=st.lists(st.integers(1, 90_000), min_size=1, max_size=5), seed=st.integers(0, 999))
-def test_the_mean_of_the_per_question_parts_is_the_area(tokens: list[int], seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    accuracies = [100 * rng.random(7) for _ in tokens]
-    parts = afs_per_question(list(zip(map(float, tokens), accuracies, strict=True)), CHAIN)
-    assert parts.shape == (7,)
-    area = area_under([(spent, float(one.mean())) for spent, one in zip(tokens, accuracies, strict=True)], CHAIN)
-    assert parts.mean() == pytest.approx(area, abs=1e-9)
 
 
 # Curves of scores

@@ -23,7 +23,7 @@ from discovery.data.recordings import Cell, Recording, Split, intern_answers
 from discovery.errors import GateError
 from discovery.evaluation.replay_jobs import MIN_AUDITED, Job, JobResult, ReplayRules, run_job
 from discovery.evaluation.score_set import ScoreSet
-from discovery.promotion import gate
+from discovery.promotion import comparison
 from discovery.promotion.ledger import DISTURBED, FREE_DISTURBANCES, Ledger
 from discovery.promotion.verdict import GateReport
 from tests.discovery.evaluation.test_evaluate import question
@@ -175,7 +175,7 @@ def test_a_disturbed_gate_verdict_spends_no_judgement_until_it_happens_too_often
 
     def disturb(message: str) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(gate, "score_controllers", disturbed)
+            patch.setattr(comparison, "score_controllers", disturbed)
             with pytest.raises(GateError, match=message):
                 quickly("single", path)
 

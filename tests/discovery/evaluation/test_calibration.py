@@ -12,8 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from controllers.loading import Spec
+from controllers.voting import confidence
 from discovery.data.importers import format_recording_line
-from discovery.data.recordings import Origin, RecordedBranch, RecordedQuestion, Split, question_id
+from discovery.data.recordings import LabelSource, Origin, RecordedBranch, RecordedQuestion, Split, question_id
 from discovery.errors import DiscoveryError
 from discovery.evaluation.calibration import (
     Arm,
@@ -22,13 +23,16 @@ from discovery.evaluation.calibration import (
     CalibrationPoint,
     Calibrations,
     SingleChain,
-    calibrate,
+    calibrate_scores,
     is_worth_its_tokens,
     read_calibrations,
     recommend_map,
+    reliability,
+    score_with_rival,
     write_calibrations,
 )
 from discovery.evaluation.engines import EngineName, make_engine
+from discovery.evaluation.paired_statistics import wilson_interval
 from discovery.evaluation.replay_jobs import ReplayRules
 from proxy.cli import app
 from tests.discovery.evaluation.test_evaluate import Given, scores
@@ -40,7 +44,8 @@ VARIED = Given(*(varied(i) for i in range(6)), *(varied(i, benchmark="c") for i 
 def calibrated(source: Given, *names: str, **changes: Any) -> Calibrations:
     about: dict[str, Any] = {"betas": [1.0, 0.0, 0.5], "shuffles": 5} | changes
     specs = [Spec(name) for name in names or ("cmc",)]
-    return calibrate(source, source.cells(), specs, make_engine(EngineName.LOCAL), ReplayRules(16), **about)
+    engine, rules = make_engine(EngineName.LOCAL), ReplayRules(16)
+    return calibrate_scores(score_with_rival(source, source.cells(), specs, engine, rules, **about), specs)
 
 
 def question(number: int, right: float, branches: int = 16) -> RecordedQuestion:
@@ -146,7 +151,7 @@ def test_a_calibration_file_is_read_back_unchanged(tmp_path: Path) -> None:
     write_calibrations(by_model, tmp_path / "c.json")
     assert read_calibrations(tmp_path / "c.json") == by_model
     body = json.loads((tmp_path / "c.json").read_text())["m"]
-    assert list(body) == ["controller", "digest", "points", "single", "pays", "map", "answers"]
+    assert list(body) == ["controller", "digest", "points", "single", "pays", "map", "answers", "reliability"]
     assert {"beta", "tokens", "tokens_low", "tokens_high", "accuracy", "low", "high"} <= set(body["points"][0])
 
 
@@ -218,6 +223,9 @@ def test_the_calibrate_command_ignores_held_out_questions_by_default(tmp_path: P
     assert "cmc: accuracy % and tokens" in output
     assert "mean chain" in output
     assert "controllers are played in 2 orders of them" in output
+    assert "share of right answers by agreement and confidence" in output
+    assert "agreement: expected calibration error" in output
+    assert "confidence: expected calibration error" in output
     assert read_calibrations(tmp_path / "c.json") == calibrated(
         Given(*(varied(i) for i in range(4))), betas=[0, 0.25, 0.5, 0.75, 1], shuffles=2
     )
@@ -238,3 +246,76 @@ def test_the_calibrate_command_reports_how_answers_are_compared(tmp_path: Path, 
 def test_the_calibrate_command_refuses_empty_controllers_or_betas(tmp_path: Path, more: list[str]) -> None:
     (tmp_path / "r.jsonl").write_text(format_recording_line(varied(1)))
     assert verb(tmp_path, *more)[0] == 2
+
+
+# Reliability of agreement and confidence
+
+
+def voted(number: int, finals: str, benchmark: str = "b") -> RecordedQuestion:
+    """Return a question with reference 7 and one chain per character of `finals`."""
+    branches = [RecordedBranch([final], 150, final, []) for final in finals]
+    return RecordedQuestion(question_id(str(number)), "m", benchmark, 100, branches, "7")
+
+
+KNOWN = Given(
+    *(voted(i, finals) for i, finals in enumerate(["7778", "7877", "7779", "8777", "8887", "7888"])),
+    *(voted(i, finals, "c") for i, finals in enumerate(["7777", "7777", "7777", "8888"], 6)),
+)
+"""Four votes each: four of six questions on which three agree are right, and three of four that are unanimous."""
+
+
+def test_reliability_compares_the_mean_prediction_of_each_bin_with_its_share_of_right_answers() -> None:
+    predicted = np.array([0.6] * 6 + [0.65] * 4 + [1.0] * 10)
+    right = np.array([1] * 6 + [0] * 4 + [1] * 8 + [0] * 2)
+    known = reliability(predicted, right, np.arange(20))
+    first, second = known.bins
+    assert (first.start, first.end, first.episodes, first.questions) == (60, 70, 10, 10)
+    assert (first.predicted, first.accuracy) == pytest.approx((62, 60))
+    assert (first.low, first.high) == pytest.approx(wilson_interval(0.6, 10))
+    assert (second.start, second.end, second.predicted, second.accuracy) == (90, 100, 100, 80)
+    assert known.error == pytest.approx(0.5 * 2 + 0.5 * 20)
+
+
+def test_episodes_of_one_question_do_not_narrow_the_interval() -> None:
+    predicted, right = np.full(40, 0.5), np.array([1, 0] * 20)
+    apart = reliability(predicted, right, np.arange(40)).bins[0]
+    paired = reliability(predicted, right, np.arange(40) // 4).bins[0]
+    assert (apart.low, apart.high) == wilson_interval(0.5, 40)
+    assert (paired.low, paired.high, paired.episodes, paired.questions) == (*wilson_interval(0.5, 10), 40, 10)
+    uneven = reliability(predicted, right, np.array([0] * 30 + [1] * 10)).bins[0]
+    assert (uneven.low, uneven.high) == wilson_interval(0.5, 40**2 / (30**2 + 10**2))
+
+
+def test_predictions_on_the_edge_of_a_bin_belong_to_the_upper_one() -> None:
+    bins = reliability(np.arange(11) / 10, np.ones(11, int), np.arange(11)).bins
+    assert [(one.start, one.episodes) for one in bins] == [*((10 * i, 1) for i in range(9)), (90, 2)]
+
+
+def test_the_reliability_of_votes_is_that_of_the_recorded_answers() -> None:
+    votes = calibrated(KNOWN, "self_consistency@4", betas=[0.5, 1.0])["m"].reliability
+    assert votes is not None
+    assert (votes.episodes, votes.single_votes) == (10 * 5 * 2, 0)
+    split, unanimous = votes.agreement.bins
+    assert (split.predicted, split.accuracy, split.episodes) == pytest.approx((75, 100 * 4 / 6, 60))
+    assert (unanimous.predicted, unanimous.accuracy, unanimous.episodes) == pytest.approx((100, 75, 40))
+    assert (split.low, split.high) == pytest.approx(wilson_interval(4 / 6, 6))
+    assert votes.agreement.error == pytest.approx(0.6 * (75 - 400 / 6) + 0.4 * 25)
+    assert [one.predicted for one in votes.confidence.bins] == pytest.approx(
+        [100 * confidence(3, 1), 100 * confidence(4, 0)]
+    )
+    assert [one.accuracy for one in votes.confidence.bins] == pytest.approx([400 / 6, 75])
+
+
+def test_single_votes_are_counted_and_left_out() -> None:
+    assert calibrated(KNOWN, "self_consistency", betas=[0.0])["m"].reliability is None
+    both = calibrated(KNOWN, "self_consistency", betas=[0.0, 1.0])["m"].reliability
+    assert both is not None
+    assert (both.episodes, both.single_votes) == (50, 50)
+
+
+@pytest.mark.parametrize("source", [LabelSource.REFERENCE, LabelSource.FEEDBACK])
+def test_reliability_uses_the_labels_that_count_as_references(source: LabelSource) -> None:
+    labelled = [replace(one, label_source=source) for one in KNOWN.recordings]
+    guessed = [replace(one, question=f"{i:064x}", label_source=LabelSource.CONSENSUS) for i, one in enumerate(labelled)]
+    known = calibrated(KNOWN, "self_consistency@4")["m"].reliability
+    assert calibrated(Given(*labelled, *guessed), "self_consistency@4")["m"].reliability == known

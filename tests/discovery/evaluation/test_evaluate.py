@@ -283,6 +283,15 @@ def test_only_complete_recordings_with_a_reference_are_scored() -> None:
         scores("single", source=Given(censored, unknown))
 
 
+def test_cells_of_which_nothing_can_be_scored_are_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    unknown = question(2, benchmark="live", reference=None)
+    measured = scores("single", source=Given(unknown, question(0)))
+    assert {score.cell.benchmark for score in measured} == {"b"}
+    assert "left out: m live search: none of 1 recordings is complete and has a reference answer" in caplog.text
+    with pytest.raises(RecordingsNotFound, match="m live search: none of 1"):
+        scores("single", source=Given(unknown, question(3, benchmark="other", reference=None)))
+
+
 def versions(*changes: dict[str, Any], origin: Origin = Origin.LIVE) -> Given:
     """Return two questions of each version; the last version is the newest."""
     return Given(*(question(2 * i + j, origin=origin, **one) for i, one in enumerate(changes) for j in range(2)))
@@ -704,7 +713,16 @@ def test_import_evaluate_trace_and_export_work_on_the_command_line(tmp_path: Pat
     assert "all (10 questions)" in done.stdout
     assert (tmp_path / "p.svg").read_text().startswith("<?xml")
     assert len(json.loads((tmp_path / "f.json").read_text())) == 6
-    done = autotts("trace", "show", "tr/m/b/search/cmc-beta-1", "--question", "2", "--shuffle", "1", folder=tmp_path)
+    done = autotts(
+        "trace",
+        "show",
+        "tr/m/b/search/adaptive_consistency-beta-1",
+        "--question",
+        "2",
+        "--shuffle",
+        "1",
+        folder=tmp_path,
+    )
     assert "question 2, shuffle 1" in done.stdout
     assert "answer" in done.stdout
     assert "shuffles 0 to 1" in autotts("trace", "show", "tr", folder=tmp_path).stdout

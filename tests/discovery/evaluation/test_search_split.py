@@ -164,3 +164,19 @@ def test_nothing_to_export_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(RecordingsNotFound, match="holds no recordings of the search split"):
         export_search_split(path, tmp_path / "search.jsonl")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_export_keeps_signals(tmp_path: Path) -> None:
+    recorded = worded(20, split=Split.SEARCH)
+    branches = [
+        branch._replace(
+            confidences=[900 - number] * (len(branch.probes) + 1),
+            lowests=[800] * (len(branch.probes) + 1),
+            probe_confidences=[None] * len(branch.probes) or (),
+        )
+        for number, branch in enumerate(recorded.branches)
+    ]
+    path = written(tmp_path / "all.jsonl", [replace(recorded, branches=branches)])
+    assert export_search_split(path, tmp_path / "search.jsonl") == 1
+    (exported,) = read_jsonl(tmp_path / "search.jsonl")
+    assert [branch[5:] for branch in exported.branches] == [branch[5:] for branch in branches]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -40,12 +41,16 @@ from discovery.evaluation.score_set import (
     score_controllers,
 )
 from discovery.evaluation.scores import Score
-from discovery.promotion import gate
+from discovery.promotion import comparison, gate
+from discovery.promotion.comparison import Comparison
+from discovery.promotion.conditions import GateTerms
 from discovery.promotion.gate import GateJob, run_gate
 from discovery.promotion.ledger import Ledger, fingerprint
-from discovery.promotion.verdict import GateReport, GateTerms, GateVerdict, JudgementContext, card_of, judge, report_of
+from discovery.promotion.verdict import GateReport, GateVerdict, JudgementContext, card_of, judge, report_of
+from discovery.store import StorePlace, child_environment
 from proxy.cli import app
 from tests.discovery.evaluation.test_evaluate import Given
+from tests.discovery.promotion.outside import ledger_lines, write_ledger
 
 NOISES = 200
 
@@ -272,6 +277,19 @@ def test_one_question_never_promotes(gain: float) -> None:
     assert "Infinity" not in json.dumps(report.as_json())
 
 
+def test_an_undecided_verdict_says_how_many_more_questions_it_takes() -> None:
+    noisy = np.array([-20.0, 30] * 6)  # a mean of 5 with a spread of 26
+    report = judged({"m": noisy})
+    assert report.verdict is GateVerdict.UNDECIDED
+    assert report.more is not None
+    more = judged(
+        {"m": np.tile(noisy, (12 + report.more) // 12 + 1)}, k=2, questions=12 * ((12 + report.more) // 12 + 1)
+    )
+    assert more.verdict is GateVerdict.PROMOTE
+    assert judged({"m": WIDE}).more is None  # no gain, and so rejected
+    assert judged({"m": SPREAD}).more is None  # promoted
+
+
 def test_a_gain_without_variance_is_promoted() -> None:
     report = judged({"m": 20})
     assert (report.verdict, report.mde) == (GateVerdict.PROMOTE, 0)
@@ -338,7 +356,7 @@ OVERFITTED = Given(*recorded(Split.SEARCH, SHORTER, LONGER), *recorded(Split.HEL
 def run(
     source: Given,
     finalist: Spec,
-    ledger: Path,
+    ledger: StorePlace,
     split: Split = Split.HELD_OUT,
     champion: Spec = Spec("self_consistency"),  # noqa: B008
     **changes: Any,
@@ -351,7 +369,7 @@ def run(
         "who": "me",
     } | changes
     cells = [cell for cell in source.cells() if cell.split is split]
-    return run_gate(source, cells, finalist, champion, ledger, make_engine(EngineName.LOCAL), **about)
+    return run_gate(source, cells, Comparison(finalist, champion, make_engine(EngineName.LOCAL), **about), ledger)
 
 
 @pytest.mark.process
@@ -445,19 +463,19 @@ def test_collected_recordings_are_judged_by_canonical_answers(tmp_path: Path) ->
 FEW = Given(*recorded(Split.HELD_OUT, SHORTER, LONGER, questions=3))
 
 
-def quickly(name: str, ledger: Path, source: Given = FEW, **changes: Any) -> GateReport:
+def quickly(name: str, ledger: StorePlace, source: Given = FEW, **changes: Any) -> GateReport:
     return run(source, Spec(name), ledger, shuffles=1, **changes)
 
 
 def test_every_finalist_takes_the_next_level_and_is_judged_only_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ledger_place: StorePlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "ledger"
+    path = ledger_place
     reports = [quickly(name, path) for name in ("single", "asc@4", "esc@8")]
     assert [one.k for one in reports] == [1, 2, 3]
     assert [one.alpha for one in reports] == [sequential_alpha(k, 0.05) for k in (1, 2, 3)]
     assert quickly("single", path, champion=Spec("asc@8")).k == 4  # another champion is another comparison
-    monkeypatch.setattr(gate, "score_controllers", None)  # nothing is scored again
+    monkeypatch.setattr(comparison, "score_controllers", None)  # nothing is scored again
     assert quickly("asc@4", path) == reports[1]
     lines = Ledger(path).judgements()
     assert [(one.k, one.verdict, one.p) for one in lines[:3]] == [(one.k, one.verdict, one.p) for one in reports]
@@ -465,8 +483,8 @@ def test_every_finalist_takes_the_next_level_and_is_judged_only_once(
     assert [one.who for one in lines] == ["me"] * 4
 
 
-def test_adding_questions_to_a_split_does_not_reset_its_judgements(tmp_path: Path) -> None:
-    path = tmp_path / "ledger"
+def test_adding_questions_to_a_split_does_not_reset_its_judgements(ledger_place: StorePlace) -> None:
+    path = ledger_place
     grown = Given(*recorded(Split.HELD_OUT, SHORTER, LONGER, questions=4))
     other = Given(*recorded(Split.VALIDATION, SHORTER, LONGER, questions=3))
     assert quickly("single", path).k == 1
@@ -474,14 +492,14 @@ def test_adding_questions_to_a_split_does_not_reset_its_judgements(tmp_path: Pat
     assert quickly("single", path, other, split=Split.VALIDATION).k == 1
 
 
-def order(folder: Path, finalist: str = "asc@4") -> GateJob:
+def order(folder: Path, finalist: str = "asc@4", ledger: StorePlace | None = None) -> GateJob:
     recordings = folder / "recordings.jsonl"
     recordings.write_text("".join(format_recording_line(one) for one in FEW.recordings))
     return GateJob(
         finalist,
         "self_consistency",
         recordings,
-        folder / "ledger",
+        ledger or folder / "ledger",
         folder / "report",
         "now",
         "me",
@@ -493,14 +511,17 @@ def order(folder: Path, finalist: str = "asc@4") -> GateJob:
 
 
 @pytest.mark.process
-def test_a_gate_killed_before_its_report_has_spent_its_judgement(tmp_path: Path) -> None:
-    given = order(tmp_path)
+def test_a_gate_killed_before_its_report_has_spent_its_judgement(tmp_path: Path, ledger_place: StorePlace) -> None:
+    given = order(tmp_path, ledger=ledger_place)
     dying = (
         "import os, sys; from discovery.promotion import gate; from discovery.promotion.verdict import GateReport\n"
         "GateReport.write = lambda *_: os._exit(9)\n"
         "gate.main(sys.argv[1:])"
     )
-    assert subprocess.run([sys.executable, "-c", dying, *given.options], check=False).returncode == 9
+    killed = subprocess.run(
+        [sys.executable, "-c", dying, *given.options], check=False, env=child_environment(ledger_place)
+    )
+    assert killed.returncode == 9
     assert not given.report.exists()
     (line,) = Ledger(given.ledger).judgements()
     report = given.run()
@@ -510,23 +531,45 @@ def test_a_gate_killed_before_its_report_has_spent_its_judgement(tmp_path: Path)
     assert replace(given, finalist="single").run().k == 2
 
 
-@pytest.mark.parametrize("harm", ["cut", "changed", "dropped", "nonsense", "binary"])
-def test_a_corrupt_ledger_is_refused_by_name_and_left_unchanged(tmp_path: Path, harm: str) -> None:
-    path = tmp_path / "ledger"
+def test_a_gate_for_one_model_judges_that_models_questions_and_says_so(tmp_path: Path) -> None:
+    given = order(tmp_path)
+    report = replace(given, model="n").run()
+    assert ({cell.model for cell in report.cells}, report.model) == ({"n"}, "n")
+    assert " on model n" in report.headline
+    assert json.loads(given.report.read_text())["model"] == "n"
+    assert replace(given, model="m").run().k == 2  # on the same questions
+    every = given.run()
+    assert ({cell.model for cell in every.cells}, every.model, every.k) == ({"m", "n"}, "", 3)
+    assert [line.model for line in Ledger(given.ledger).judgements()] == ["n", "m", ""]
+    with pytest.raises(RecordingsNotFound, match="no recordings of model 'third'"):
+        replace(given, model="third").run()
+
+
+@pytest.mark.parametrize("harm", ["changed", "dropped", "nonsense", "binary"])
+def test_a_corrupt_ledger_is_refused_by_name_and_left_unchanged(ledger_place: StorePlace, harm: str) -> None:
     for name in ("single", "asc@4", "esc@8"):
-        quickly(name, path)
-    lines = path.read_bytes().splitlines(keepends=True)
+        quickly(name, ledger_place)
+    lines = ledger_lines(ledger_place)
     harmed = {
-        "cut": b"".join(lines)[:-9],
-        "changed": b"".join([lines[0].replace(b'"k":1', b'"k":9'), *lines[1:]]),
-        "dropped": b"".join(lines[1:]),
-        "nonsense": b"".join([*lines, b"{}\n"]),
-        "binary": b"\xff\xfe",
+        "changed": [lines[0].replace(b'"k":1', b'"k":9'), *lines[1:]],
+        "dropped": lines[1:],
+        "nonsense": [*lines, b"{}"],
+        "binary": [b"\xff\xfe"],
     }
-    path.write_bytes(harmed[harm])
-    with pytest.raises(GateError, match=str(path)):
+    write_ledger(ledger_place, harmed[harm])
+    with pytest.raises(GateError, match=rf"{re.escape(str(ledger_place))}.*: line .*; restore the ledger from a copy"):
+        quickly("single", ledger_place)
+    assert ledger_lines(ledger_place) == harmed[harm]
+
+
+def test_a_torn_ledger_file_is_refused_and_left_unchanged(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    quickly("single", path)
+    path.write_bytes(path.read_bytes()[:-9])
+    torn = path.read_bytes()
+    with pytest.raises(GateError, match=f"{path}: the last line is incomplete"):
         quickly("single", path)
-    assert path.read_bytes() == harmed[harm]
+    assert path.read_bytes() == torn
 
 
 # The command
@@ -557,8 +600,14 @@ def test_the_gate_command_judges_in_another_process(tmp_path: Path) -> None:
     assert "answer comparison: exact\n" in done.output
     assert "reliably detect" in done.output
     assert json.loads(given.report.read_text())["name"] == "first"
+    model = FEW.recordings[0].model
+    done = CliRunner().invoke(app, ["gate", "single", "--model", model, *map(str, options), *map(str, more)])
+    assert f" for model {model}\n" in done.output
+    assert json.loads(given.report.read_text())["model"] == model
     done = CliRunner().invoke(app, ["gate", "nobody", *map(str, options), *map(str, more)])
     assert done.exit_code == 2
+    done = CliRunner().invoke(app, ["gate", "single", "--model", "a", "--models", "b", *map(str, options)])
+    assert (done.exit_code, "--model or --models, not both" in done.output) == (2, True)
 
 
 def test_the_gate_command_prints_markup_in_messages_literally(capsys: pytest.CaptureFixture[str]) -> None:
@@ -577,17 +626,17 @@ def test_a_gate_job_can_run_in_the_same_process(tmp_path: Path) -> None:
 
 
 def test_the_slower_of_two_concurrent_judgements_returns_the_report_of_the_faster(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ledger_place: StorePlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "ledger"
+    path = ledger_place
     reports: list[GateReport] = []
 
     def meanwhile(*arguments: Any) -> ScoreSet:
-        monkeypatch.setattr(gate, "score_controllers", score_controllers)
+        monkeypatch.setattr(comparison, "score_controllers", score_controllers)
         reports.append(quickly("single", path))
         return score_controllers(*arguments)
 
-    monkeypatch.setattr(gate, "score_controllers", meanwhile)
+    monkeypatch.setattr(comparison, "score_controllers", meanwhile)
     assert quickly("single", path) == reports[0]
     assert len(Ledger(path).judgements()) == 1
 

@@ -1,167 +1,41 @@
-"""The registry: moves between stages, its files, and consistency after interrupted changes."""
+"""The contract of registries, in a folder and in PostgreSQL: their rules, and concurrent changes."""
 
 from __future__ import annotations
 
 import json
-import os
-import random
-import subprocess
-import sys
-from collections.abc import Callable
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from controllers.loading import Spec
-from controllers.rollout_state import RolloutStage, RolloutState, lot, name_problem
-from discovery.commands.promote import card_of, install
-from discovery.errors import PromotionError
+from controllers.rollout_state import RolloutStage, RolloutState
+from discovery.commands.promote import card_of, check_models, install
+from discovery.errors import PromotionError, RegistryAway
 from discovery.promotion.registry import ChangeCause, Registry
+from discovery.store import DatabaseUrl
+from tests.discovery.promotion.concurrent_programs import run_together
+from tests.discovery.promotion.examples import BEGIN, CARD, FORCED, ME, NOON, WRITER, spec
+from tests.discovery.promotion.outside import write_audit, write_card, write_source, write_state
 
-A, B, C = (letter * 64 for letter in "abc")
-NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
-ME = ChangeCause("me", "a test", NOON)
-FORCED = ChangeCause("me", "a test", NOON, forced=True)
-CARD = {"headline": "fine"}
-KILLS = 25
-
-
-def spec(number: int) -> Spec:
-    return Spec(f"mine{number}", f"# {number}\n")
+# Changes
 
 
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "installed")
+def test_a_change_for_another_version_is_refused_and_changes_nothing(registry: Registry) -> None:
+    before = registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
+    for version in (before.version - 1, before.version + 1):
+        with pytest.raises(PromotionError, match=f"changed meanwhile, to version {before.version}"):
+            registry.roll_back(replace(ME, version=version))
+    assert (registry.read(), len(registry.audit())) == (before, 1)
+    assert registry.roll_back(replace(ME, version=before.version)).default.champion is None
 
 
-# Moves between stages
-
-
-def test_a_controller_moves_through_the_stages_and_back() -> None:
-    shadow = RolloutState().promote(A, RolloutStage.SHADOW, 0)
-    assert (shadow.shadow, shadow.version) == (A, 1)
-    canary = shadow.promote(A, RolloutStage.CANARY, 0.25)
-    assert (canary.shadow, canary.canary, canary.share) == (None, A, 0.25)
-    champion = canary.promote(A, RolloutStage.CHAMPION, 0)
-    assert (champion.canary, champion.share, champion.champion, champion.previous) == (None, 0.0, A, (None,))
-    second = (
-        champion.promote(B, RolloutStage.CANARY, 0.5)
-        .promote(B, RolloutStage.CHAMPION, 0)
-        .promote(C, RolloutStage.CANARY, 1)
-    )
-    assert (second.champion, second.previous, second.stage_of(C)) == (B, (None, A), RolloutStage.CANARY)
-    back = second.roll_back()
-    assert (back.champion, back.canary, back.previous, back.version) == (A, None, (None,), second.version + 1)
-    assert back.roll_back().champion is None
-
-
-def test_a_stage_holds_one_controller_and_a_controller_one_stage() -> None:
-    both = (
-        RolloutState()
-        .promote(A, RolloutStage.SHADOW, 0)
-        .promote(B, RolloutStage.SHADOW, 0)
-        .promote(A, RolloutStage.CANARY, 0.1)
-    )
-    assert both.stages == {RolloutStage.SHADOW: B, RolloutStage.CANARY: A, RolloutStage.CHAMPION: None}
-    swapped = both.promote(B, RolloutStage.CANARY, 0.2)
-    assert swapped.stages == {RolloutStage.SHADOW: None, RolloutStage.CANARY: B, RolloutStage.CHAMPION: None}
-
-
-def test_a_rollback_without_a_champion_drops_only_the_canary() -> None:
-    installed = RolloutState().promote(A, RolloutStage.SHADOW, 0).promote(B, RolloutStage.CANARY, 0.1).roll_back()
-    assert installed.stages == {RolloutStage.SHADOW: A, RolloutStage.CANARY: None, RolloutStage.CHAMPION: None}
-
-
-def test_a_rollback_skips_quarantined_controllers_and_may_take_one_from_the_shadow_stage() -> None:
-    three = (
-        RolloutState()
-        .promote(A, RolloutStage.CHAMPION, 0)
-        .promote(B, RolloutStage.CHAMPION, 0)
-        .promote(C, RolloutStage.CHAMPION, 0)
-    )
-    assert three.quarantine(B).roll_back().champion == A
-    back = three.promote(B, RolloutStage.SHADOW, 0).roll_back()
-    assert (back.champion, back.shadow) == (B, None)
-
-
-def test_a_quarantined_controller_loses_its_stage_unless_it_is_the_champion() -> None:
-    installed = RolloutState().promote(A, RolloutStage.CANARY, 0.5).promote(B, RolloutStage.CHAMPION, 0)
-    assert installed.quarantine(A).canary is None
-    assert installed.quarantine(B).champion == B
-    lifted = installed.quarantine(A).promote(A, RolloutStage.CANARY, 0.5, forced=True)
-    assert (lifted.canary, lifted.quarantined) == (A, frozenset())
-
-
-@pytest.mark.parametrize(
-    ("move", "message"),
-    [
-        (lambda installed: installed.promote(A, RolloutStage.SHADOW, 0), "aaaaaaaaaaaa is the champion"),
-        (lambda installed: installed.promote(C, RolloutStage.CANARY, 0.1), "is quarantined because it failed; --force"),
-        (lambda installed: installed.promote(B, RolloutStage.CANARY, 1.5), "share is a number from 0 to 1"),
-        (lambda installed: installed.drop_canary(B), "is not the canary"),
-        (lambda installed: installed.quarantine(C), "quarantined already"),
-        (lambda _: RolloutState().roll_back(), "neither a canary nor a champion"),
-    ],
-)
-def test_an_impossible_move_is_refused_with_the_reason(
-    move: Callable[[RolloutState], RolloutState], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        move(RolloutState(champion=A, quarantined=frozenset({C})))
-
-
-def test_a_rollout_state_survives_a_round_trip_through_json() -> None:
-    installed = RolloutState(7, A, B, 0.5, C, (None, A), frozenset({"d" * 64}))
-    assert RolloutState.parse(json.loads(json.dumps(installed.as_json()))) == installed
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("format", 2),
-        ("version", -1),
-        ("version", True),
-        ("shadow", "abc"),
-        ("champion", 7),
-        ("canary", "x"),
-        ("canary", {"digest": None, "share": 0.5}),
-        ("canary", {"digest": A, "share": 2}),
-        ("canary", {"digest": A, "share": True}),
-        ("canary", {"digest": C, "share": 0.1}),
-        ("previous", None),
-        ("previous", ["../x"]),
-        ("quarantined", [None]),
-    ],
-)
-def test_an_invalid_rollout_state_is_refused(field: str, value: object) -> None:
-    with pytest.raises(ValueError, match=r"."):
-        RolloutState.parse({**RolloutState(champion=C).as_json(), field: value})
-
-
-def test_the_lot_of_a_request_is_deterministic_and_uniform() -> None:
-    lots = [lot(f"chatcmpl-{number}") for number in range(2000)]
-    assert lot("chatcmpl-0") == lots[0]
-    assert all(0 <= one < 1 for one in lots)
-    assert 0.27 < sum(one < 0.3 for one in lots) / 2000 < 0.33
-
-
-def test_invalid_controller_names_are_refused_with_the_reason() -> None:
-    assert name_problem("mine_2") is None
-    assert "built-in" in str(name_problem("cmc"))
-    assert "letters" in str(name_problem("../x"))
-
-
-# The registry folder
-
-
-def test_an_installed_controller_is_read_back_from_the_folder(registry: Registry) -> None:
+def test_an_installed_controller_is_read_back(registry: Registry) -> None:
     assert (registry.read(), registry.stamp(), registry.audit()) == (RolloutState(), None, [])
     after = registry.install(spec(1), CARD, RolloutStage.CANARY, 0.25, ME)
     stamp = registry.stamp()
-    assert Registry(registry.folder).read() == after
+    assert Registry(registry.place).read() == after
     assert registry.spec(spec(1).digest) == spec(1)
     assert registry.card(spec(1).digest) == {
         **CARD,
@@ -171,7 +45,7 @@ def test_an_installed_controller_is_read_back_from_the_folder(registry: Registry
     }
     registry.promote(registry.find(spec(1).digest[:8]), RolloutStage.CHAMPION, 0, ME)
     assert registry.stamp() != stamp
-    assert registry.roll_back(ME).champion is None
+    assert registry.roll_back(ME).default.champion is None
 
 
 def test_the_audit_log_records_who_when_action_and_stage_changes(registry: Registry) -> None:
@@ -199,46 +73,40 @@ def test_the_audit_log_records_who_when_action_and_stage_changes(registry: Regis
 def test_a_changed_line_of_the_audit_log_is_refused(registry: Registry) -> None:
     for number in range(3):
         registry.install(spec(number), CARD, RolloutStage.SHADOW, 0, ME)
-    content = registry.audit_path.read_text()
-    for changed in (
-        content.replace('"me"', '"us"', 1),
-        content.split("\n", 2)[0] + "\n" + content.split("\n", 2)[2],
-        "x\n",
-    ):
-        registry.audit_path.write_text(changed)
-        with pytest.raises(PromotionError, match=r"audit\.jsonl: .*restore it from a copy, or move it away"):
+    lines = registry.storage.audit_lines()
+    for changed in ([lines[0].replace(b'"me"', b'"us"', 1), *lines[1:]], [lines[0], lines[2]], [b"x"]):
+        write_audit(registry, changed)
+        with pytest.raises(PromotionError, match=r"audit.*; restore .*, or (move|delete) .* to begin a new"):
             registry.audit()
-    registry.audit_path.unlink()  # the remedy the message names
+    write_audit(registry, [])  # the remedy the message names
     registry.install(spec(9), CARD, RolloutStage.SHADOW, 0, ME)
     assert [line["version"] for line in registry.audit()] == [3, 4]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', "\xff"])
-def test_a_corrupt_registry_file_is_refused_with_a_remedy_that_works(registry: Registry, text: str) -> None:
+def test_a_corrupt_state_is_refused_with_a_remedy_that_works(registry: Registry, text: str) -> None:
     registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
-    registry.file.write_bytes(text.encode("latin-1"))
+    write_state(registry, text.encode("latin-1"))
     for attempt in (registry.read, registry.audit, lambda: registry.install(spec(2), CARD, RolloutStage.SHADOW, 0, ME)):
-        with pytest.raises(PromotionError, match=r"registry\.json: .*move it away and promote again"):
+        with pytest.raises(PromotionError, match=r"registry.*: .*; restore .* and promote again"):
             attempt()
-    registry.file.unlink()
-    assert registry.install(spec(2), CARD, RolloutStage.SHADOW, 0, ME).shadow == spec(2).digest
+    write_state(registry, None)
+    assert registry.install(spec(2), CARD, RolloutStage.SHADOW, 0, ME).default.shadow == spec(2).digest
     assert len(registry.audit()) == 2
 
 
-def test_a_controller_file_changed_after_its_installation_is_refused(registry: Registry) -> None:
+def test_a_source_changed_after_its_installation_is_refused(registry: Registry) -> None:
     registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
     registry.install(spec(2), CARD, RolloutStage.CHAMPION, 0, ME)
-    path = registry.folder / f"{spec(1).digest}.py"
-    path.write_text("# 3\n")
-    before = registry.read()
+    write_source(registry, spec(1).digest, b"# 3\n")
+    before, wrong = registry.read(), rf"{spec(1).digest[:12]}.*: the content .*promote the controller's file again"
     for attempt in (lambda: registry.spec(spec(1).digest), lambda: registry.roll_back(ME)):
-        with pytest.raises(PromotionError, match=rf"{path.name}: the content .*promote the controller's file again"):
+        with pytest.raises(PromotionError, match=wrong):
             attempt()
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(PromotionError, match=r"not a regular file.*promote the controller's file again"):
-        registry.spec(spec(1).digest)
-    path.unlink()
+    for unreadable in (b"\xff", None):
+        write_source(registry, spec(1).digest, unreadable)
+        with pytest.raises(PromotionError, match=r".*: .*promote the controller's file again"):
+            registry.spec(spec(1).digest)
     assert registry.read() == before
     registry.install(spec(1), CARD, RolloutStage.SHADOW, 0, ME)  # the remedy the message names
     assert registry.spec(spec(1).digest) == spec(1)
@@ -246,11 +114,20 @@ def test_a_controller_file_changed_after_its_installation_is_refused(registry: R
 
 def test_an_invalid_card_is_refused(registry: Registry) -> None:
     registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
-    path = registry.folder / f"{spec(1).digest}.json"
     for text in ("", "[]", '{"name": "cmc"}'):
-        path.write_text(text)
-        with pytest.raises(PromotionError, match=path.name):
+        write_card(registry, spec(1).digest, text.encode())
+        with pytest.raises(PromotionError, match=rf"{spec(1).digest[:12]}.*: .*promote the controller's file again"):
             registry.spec(spec(1).digest)
+    registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)  # the remedy the message names
+    assert registry.spec(spec(1).digest) == spec(1)
+
+
+def test_a_database_that_is_away_is_not_taken_for_a_missing_controller() -> None:
+    away = Registry(DatabaseUrl("postgresql://nobody@127.0.0.1:1/none"))
+    for attempt in (away.card, away.spec, away.find):
+        with pytest.raises(RegistryAway, match="cannot reach the server") as refused:
+            attempt("a" * 64)
+        assert "promote the controller's file" not in str(refused.value)
 
 
 @pytest.mark.parametrize("prefix", ["", "ab", "ffff", "zz"])
@@ -260,141 +137,222 @@ def test_a_digest_prefix_with_no_or_several_matches_is_refused(registry: Registr
         registry.find(prefix)
 
 
-def test_built_in_controllers_invalid_names_and_unwritable_folders_are_refused(
-    registry: Registry, tmp_path: Path
-) -> None:
+def test_unknown_and_invalid_names_are_refused(registry: Registry) -> None:
     for wrong, message in (
-        (Spec("cmc"), "is built in"),
+        (Spec("cmd"), "there is no controller 'cmd'"),
+        (Spec("cmc@3"), "takes no number of chains"),
+        (Spec("everything"), "for admins only"),
         (Spec("cmc", "# x"), "built-in"),
         (Spec("a b", "#"), "name the"),
     ):
         with pytest.raises(PromotionError, match=message):
             registry.install(wrong, CARD, RolloutStage.SHADOW, 0, ME)
-    assert not registry.folder.exists()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(PromotionError, match="file"):
-        Registry(tmp_path / "file").install(spec(1), CARD, RolloutStage.SHADOW, 0, ME)
+    assert (registry.stamp(), registry.digests()) == (None, [])
 
 
-# Interrupted changes
+# The same change twice
+
+
+def test_a_promotion_to_the_stage_that_a_controller_has_changes_nothing(registry: Registry) -> None:
+    for stage, share in ((RolloutStage.SHADOW, 0), (RolloutStage.CANARY, 0.5), (RolloutStage.CHAMPION, 0)):
+        first = registry.install(spec(1), CARD, stage, share, ME)
+        stamp = registry.stamp()
+        assert registry.install(spec(1), CARD, stage, share, replace(ME, why="again")) == first
+        assert registry.promote(spec(1).digest, stage, share, ME) == first
+        assert registry.stamp() == stamp
+    assert len(registry.audit()) == 3
+
+
+def test_a_promotion_that_changes_a_share_or_a_card_is_made(registry: Registry) -> None:
+    registry.install(spec(1), CARD, RolloutStage.CANARY, 0.5, ME)
+    assert registry.promote(spec(1).digest, RolloutStage.CANARY, 0.25, ME).default.share == 0.25
+    registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
+    after = registry.install(spec(1), {"headline": "better"}, RolloutStage.CHAMPION, 0, ME)
+    assert (after.version, after.default.previous) == (4, (None,))
+    assert registry.card(spec(1).digest)["headline"] == "better"
+    assert registry.promote(spec(1).digest, RolloutStage.CHAMPION, 0, FORCED).version == 5
+    assert registry.card(spec(1).digest)["forced"] is True
+    consistent(registry)
+
+
+def test_a_second_quarantine_changes_nothing(registry: Registry) -> None:
+    registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
+    first = registry.quarantine(spec(1).digest, ME)
+    assert registry.quarantine(spec(1).digest, ME) == first
+    with pytest.raises(PromotionError, match="quarantined"):
+        registry.promote(spec(1).digest, RolloutStage.CHAMPION, 0, ME)
+    assert registry.promote(spec(1).digest, RolloutStage.CHAMPION, 0, FORCED).quarantined == frozenset()
+    assert len(registry.audit()) == 3
+
+
+def test_a_refused_change_changes_nothing(registry: Registry) -> None:
+    registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
+    stamp = registry.stamp()
+    with pytest.raises(PromotionError, match="is the champion; run `autotts rollback` first"):
+        registry.install(spec(1), {"headline": "other"}, RolloutStage.SHADOW, 0, ME)
+    assert (registry.stamp(), registry.card(spec(1).digest)["headline"]) == (stamp, "fine")
+
+
+def test_several_reads_share_a_session(registry: Registry) -> None:
+    with registry.session() as opened:
+        assert (opened.read(), opened.cards(), opened.audit()) == (RolloutState(), {}, [])
+    after = registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
+    with registry.session() as opened:
+        assert (opened.read(), opened.cards()) == (after, {spec(1).digest: registry.card(spec(1).digest)})
+        assert opened.spec(opened.find(spec(1).digest[:8])) == spec(1)
+
+
+# Models
+
+
+def test_a_built_in_controller_is_installed_by_its_name(registry: Registry) -> None:
+    for name in ("cmc", "asc@64"):
+        registry.install(Spec(name), CARD, RolloutStage.CHAMPION, 0, ME, "small")
+        digest = registry.read().own("small").champion
+        assert digest == Spec(name).digest
+        assert registry.spec(digest) == Spec(name)
+        assert registry.card(digest)["built_in"] is True
+    assert registry.digests() == sorted([Spec("cmc").digest, Spec("asc@64").digest])
+    assert registry.find(Spec("cmc").digest[:8]) == Spec("cmc").digest
+    registry.roll_back(ME, "small")
+    assert registry.read().own("small").champion == Spec("cmc").digest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "esc"}, "the name does not match the hash"),
+        ({"built_in": False}, "there is a built-in controller cmc"),
+        ({"built_in": "yes"}, "there is a built-in controller cmc"),
+    ],
+)
+def test_a_changed_card_of_a_built_in_controller_is_refused(
+    registry: Registry, change: dict[str, Any], message: str
+) -> None:
+    registry.install(Spec("cmc"), CARD, RolloutStage.CHAMPION, 0, ME)
+    digest = Spec("cmc").digest
+    write_card(registry, digest, json.dumps({**registry.card(digest), **change}).encode())
+    with pytest.raises(PromotionError, match=rf"{digest[:12]}.*: .*{message}.*promote the controller's file again"):
+        registry.spec(Spec("cmc").digest)
+
+
+def test_the_audit_log_records_the_model_of_a_change(registry: Registry) -> None:
+    first, second = spec(1).digest, spec(2).digest
+    registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
+    registry.install(spec(2), CARD, RolloutStage.CANARY, 0.5, ME, "small")
+    registry.promote(second, RolloutStage.CHAMPION, 0, ME, "small")
+    registry.promote(second, RolloutStage.CANARY, 0.25, ME, "large")
+    registry.promote(second, RolloutStage.SHADOW, 0, ME)
+    registry.quarantine(second, ME)
+    lines = registry.audit()
+    assert [line.get("model") for line in lines] == [None, "small", "small", "large", None, None]
+    assert [line["share"] for line in lines] == [0, 0.5, 0, 0.25, 0, 0]
+    assert lines[2]["before"] == {"canary": second, "champion": None}
+    assert lines[2]["after"] == {"canary": None, "champion": second}
+    assert [line for line in lines if "models" in line] == [lines[5]]
+    assert (lines[5]["before"], lines[5]["after"]) == ({"shadow": second}, {"shadow": None})
+    assert lines[5]["models"] == {
+        "large": {"before": {"canary": second}, "after": {"canary": None}},
+        "small": {"before": {"champion": second}, "after": {"champion": None}},
+    }
+    consistent(registry)
+    assert registry.read().default.champion == first
+
+
+def test_a_change_of_one_model_leaves_the_others_as_they_were(registry: Registry) -> None:
+    registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
+    registry.install(spec(2), CARD, RolloutStage.CHAMPION, 0, ME, "small")
+    before = registry.install(spec(3), CARD, RolloutStage.CHAMPION, 0, ME, "large")
+    registry.install(spec(4), CARD, RolloutStage.CANARY, 0.5, ME, "small")
+    registry.drop_canary(spec(4).digest, ME, "small")
+    assert registry.read().models == before.models
+    after = registry.roll_back(ME, "small")
+    assert (after.default, after.own("large")) == (before.default, before.own("large"))
+    assert after.of_model("small").holders.champion == spec(1).digest
+
+
+def test_a_rollback_of_a_model_to_a_changed_file_is_refused(registry: Registry) -> None:
+    for number in (1, 2):
+        registry.install(spec(number), CARD, RolloutStage.CHAMPION, 0, ME, "small")
+    write_source(registry, spec(1).digest, b"# 3\n")
+    with pytest.raises(PromotionError, match="does not match the hash in its name"):
+        registry.roll_back(ME, "small")
+    assert registry.read().own("small").champion == spec(2).digest
 
 
 def consistent(registry: Registry) -> RolloutState:
     """Return the rollout state after checking that its files are readable and its audit log is complete."""
     installed = registry.read()
-    for holder in installed.stages.values():
-        assert holder is None or registry.spec(holder).digest == holder
+    for holder in installed.staged:
+        assert registry.spec(holder).digest == holder
     audit = registry.audit()
     assert [line["version"] for line in audit] == list(range(1, installed.version + 1))
     return installed
 
 
-def test_a_disk_failure_at_any_step_leaves_the_old_or_the_new_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps, outcomes = 0, []
-    for at in range(1000):
-        registry = Registry(tmp_path / str(at))
-        registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
-        old = registry.read()
-        with monkeypatch.context() as patch:
-            count = _fail(patch, at)
-            try:
-                new, failed = registry.install(spec(2), CARD, RolloutStage.CHAMPION, 0, ME), False
-            except PromotionError:
-                new, failed = old.promote(spec(2).digest, RolloutStage.CHAMPION, 0), True
-        state = consistent(registry)
-        assert state in (old, new)
-        assert failed or state == new
-        outcomes.append((failed, state == new))
-        assert registry.install(spec(3), CARD, RolloutStage.SHADOW, 0, ME).version == state.version + 1
-        consistent(registry)
-        assert not [path for path in registry.folder.iterdir() if path.name.startswith(".")]
-        steps = count[0]
-        if at >= steps:
-            break
-    assert steps >= 8  # write and rename three files, the audit log, and sync the folder twice
-    assert {(True, False), (True, True), (False, True)} == set(outcomes)
-
-
-def _fail(patch: pytest.MonkeyPatch, at: int) -> list[int]:
-    """Make disk operation number `at` fail, and return a list with the number of operations so far."""
-    count = [0]
-
-    def failing(real: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*arguments: Any) -> Any:
-            count[0] += 1
-            if count[0] == at + 1:
-                raise OSError(5, "the disk fails")
-            return real(*arguments)
-
-        return step
-
-    for name in ("fsync", "replace", "truncate"):
-        patch.setattr(os, name, failing(getattr(os, name)))
-    return count
-
-
-def test_a_torn_line_of_the_audit_log_is_removed_by_the_next_change(registry: Registry) -> None:
-    registry.install(spec(1), CARD, RolloutStage.SHADOW, 0, ME)
-    complete = registry.audit_path.read_bytes()
-    registry.install(spec(2), CARD, RolloutStage.SHADOW, 0, ME)
-    registry.audit_path.write_bytes(complete + b'{"when": "2026')
-    assert len(registry.audit()) == 2
-    registry.install(spec(3), CARD, RolloutStage.SHADOW, 0, ME)
-    assert [json.loads(line)["version"] for line in registry.audit_path.read_text().splitlines()] == [1, 2, 3]
-    consistent(registry)
-
-
-WRITER = """
-import sys
-from pathlib import Path
-from tests.discovery.promotion.test_registry import CARD, ME, Registry, RolloutStage, spec
-registry = Registry(Path(sys.argv[1]))
-print(0, flush=True)
-sys.stdin.read()
-for number in range(10**6):
-    after = registry.install(spec(number % 7), CARD, (RolloutStage.SHADOW, RolloutStage.CANARY)[number % 2], 0.5, ME)
-    print(after.version, flush=True)
-"""
-
-
-@pytest.mark.process
-def test_a_writer_killed_at_any_time_leaves_a_consistent_registry(registry: Registry) -> None:
-    registry.install(spec(8), CARD, RolloutStage.SHADOW, 0, ME)
-    chance = random.Random(6)
-    torn = 0
-    for _ in range(KILLS):
-        command = [sys.executable, "-c", WRITER, str(registry.folder)]
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            acknowledged = int(process.stdout.readline())
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(chance.uniform(0, 0.02))
-            process.kill()
-            acknowledged = max([acknowledged, *map(int, process.stdout.read().split("\n")[:-1])])
-        torn += len(registry.audit_path.read_text().splitlines()) != registry.read().version
-        torn += any(path.name.startswith(".") for path in registry.folder.iterdir())
-        assert consistent(registry).version >= acknowledged
-    assert torn  # some kills hit a change in progress
-    registry.install(spec(9), CARD, RolloutStage.SHADOW, 0, ME)
-    assert not [path for path in registry.folder.iterdir() if path.name.startswith(".")]
+# Concurrent changes
 
 
 @pytest.mark.process
 def test_concurrent_writers_are_serialized(registry: Registry) -> None:
-    command = [sys.executable, "-c", WRITER.replace("10**6", "20"), str(registry.folder)]
-    writers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    for writer in writers:
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "0\n"
-    for writer in writers:
-        assert writer.stdin is not None
-        writer.stdin.close()
-        writer.stdin = None
-    outputs = [writer.communicate()[0] for writer in writers]
-    assert sorted(int(line) for one in outputs for line in one.split()) == list(range(1, 61))
+    assert sorted(run_together(WRITER.replace("10**6", "20"), registry.place, 3)) == list(range(1, 61))
     assert consistent(registry).version == 60
+
+
+@pytest.mark.process
+def test_a_promotion_by_several_processes_at_once_is_one(registry: Registry) -> None:
+    install = "print(registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME, 'small').version)"
+    assert run_together(f"{BEGIN}{install}", registry.place, 3) == [1] * 3
+    assert [line["action"] for line in registry.audit()] == ["install as champion"]
+    assert consistent(registry).own("small").previous == (None,)
+
+
+@pytest.mark.process
+def test_of_several_rollbacks_of_the_same_version_one_is_made(registry: Registry) -> None:
+    for number in (1, 2, 3):
+        registry.install(spec(number), CARD, RolloutStage.CHAMPION, 0, ME)
+    roll_back = """
+with suppress(PromotionError):
+    print(registry.roll_back(replace(ME, version=3)).version)
+"""
+    assert run_together(f"{BEGIN}{roll_back}", registry.place, 3) == [4]
+    assert consistent(registry).default.champion == spec(2).digest
+
+
+@pytest.mark.process
+def test_concurrent_changes_of_all_kinds_make_one_valid_history(registry: Registry) -> None:
+    changes = """
+for number in range(15):
+    model = (None, "small")[number % 2]
+    with suppress(PromotionError):
+        if number % 5 == 4:
+            after = registry.roll_back(ME, model)
+        elif number % 5 == 3:
+            after = registry.drop_canary(registry.read().own(model).canary or "", ME, model)
+        else:
+            stage = (RolloutStage.CANARY, RolloutStage.CHAMPION)[number % 5 == 2]
+            after = registry.install(spec(3 * writer + number % 3), CARD, stage, 0.5, ME, model)
+        print(after.version)
+"""
+    versions = run_together(f"{BEGIN}{changes}", registry.place, 3)
+    assert consistent(registry).version == len(set(versions)) == max(versions)
+    assert replayed(registry) == {
+        (model, stage): holder
+        for model in (None, "small")
+        for stage, holder in registry.read().own(model).stages.items()
+        if holder is not None
+    }
+
+
+def replayed(registry: Registry) -> dict[tuple[str | None, str], str]:
+    """Return the controllers at all stages by the audit log, after checking that each line follows the one before."""
+    holders: dict[tuple[str | None, str], str | None] = {}
+    for line in registry.audit():
+        model = line.get("model")
+        for stage, before in line["before"].items():
+            assert holders.get((model, stage)) == before
+            holders[model, stage] = line["after"][stage]
+    return {place: holder for place, holder in holders.items() if holder is not None}
 
 
 # Requirements of a promotion
@@ -404,7 +362,7 @@ def test_concurrent_writers_are_serialized(registry: Registry) -> None:
     ("report", "message"),
     [
         (None, "needs a passed gate"),
-        ({"digest": A, "verdict": "promote"}, "the report is about aaaaaaaaaaaa"),
+        ({"digest": "a" * 64, "verdict": "promote"}, "the report is about aaaaaaaaaaaa"),
         ({"digest": spec(1).digest, "verdict": "reject"}, "verdict is 'reject'"),
         ({"digest": spec(1).digest, "verdict": "undecided"}, "verdict is 'undecided'"),
         ({"digest": spec(1).digest}, "verdict is None"),
@@ -432,9 +390,63 @@ def test_a_passed_gate_report_is_stored_on_the_card(registry: Registry, tmp_path
     assert (card["headline"], card["report"]["verdict"], card["forced"]) == ("better by 2", "promote", False)
 
 
+def passed(folder: Path, model: str = "") -> Path:
+    """Write a report of the gate, on all models or on one, and return its path."""
+    path = folder / "report.json"
+    report = {"digest": spec(1).digest, "verdict": "promote", "headline": "better", "model": model}
+    path.write_text(json.dumps(report))
+    return path
+
+
+def test_a_report_on_one_model_is_for_that_model_only(registry: Registry, tmp_path: Path) -> None:
+    card = card_of(spec(1), passed(tmp_path, "small"))
+    for model, where in ((None, "all models"), ("large", "large")):
+        with pytest.raises(PromotionError, match=f"passed the gate on model small only, not on {where}; give --model"):
+            install(registry, spec(1), card, RolloutStage.SHADOW, 0, ME, model)
+    install(registry, spec(1), card, RolloutStage.CHAMPION, 0, ME, "small")
+    assert registry.card(spec(1).digest)["models"] == ["small"]
+    with pytest.raises(PromotionError, match="passed the gate on model small only, not on all models"):
+        check_models(registry.card(spec(1).digest), None)
+    check_models(registry.card(spec(1).digest), "small")
+
+
+def test_reports_on_several_models_add_up_on_the_card(registry: Registry, tmp_path: Path) -> None:
+    for model in ("small", "large"):
+        card = card_of(spec(1), passed(tmp_path, model))
+        install(registry, spec(1), card, RolloutStage.CHAMPION, 0, ME, model)
+    assert registry.card(spec(1).digest)["models"] == ["large", "small"]
+    install(registry, spec(1), card_of(spec(1), passed(tmp_path)), RolloutStage.SHADOW, 0, ME)
+    assert "models" not in registry.card(spec(1).digest)  # all models
+    install(registry, spec(1), card_of(spec(1), passed(tmp_path, "third")), RolloutStage.SHADOW, 0, ME, "third")
+    assert "models" not in registry.card(spec(1).digest)
+
+
+def test_a_built_in_controller_needs_no_report_but_a_report_must_have_passed(
+    registry: Registry, tmp_path: Path
+) -> None:
+    install(registry, Spec("asc"), card_of(Spec("asc"), None), RolloutStage.CHAMPION, 0, ME, "small")
+    assert registry.card(Spec("asc").digest)["headline"] == "built in"
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"digest": Spec("esc").digest, "verdict": "undecided"}))
+    with pytest.raises(PromotionError, match="verdict is 'undecided'"):
+        install(registry, Spec("esc"), card_of(Spec("esc"), path), RolloutStage.CHAMPION, 0, ME, "small")
+
+
 @pytest.mark.parametrize("text", ["", "[]", "7"])
 def test_an_invalid_gate_report_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "report.json"
     path.write_text(text)
     with pytest.raises(PromotionError, match=r"report\.json"):
         card_of(spec(1), path)
+
+
+@pytest.mark.process
+def test_reports_on_several_models_that_are_promoted_at_once_all_count(registry: Registry) -> None:
+    promoting = """
+from discovery.commands.promote import install
+report = {"digest": spec(1).digest, "verdict": "promote", "model": f"model-{writer}"}
+card = {"headline": "better", "report": report}
+print(install(registry, spec(1), card, RolloutStage.CHAMPION, 0, ME, f"model-{writer}").version)
+"""
+    assert sorted(run_together(f"{BEGIN}{promoting}", registry.place, 2)) == [1, 2]
+    assert registry.card(spec(1).digest)["models"] == ["model-0", "model-1"]

@@ -6,17 +6,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from controllers.loading import LARGEST, Spec
 from discovery.data.recordings import Cell, Split, intern_answers
 from discovery.data.traces import trace_files
 from discovery.errors import EngineError, RecordingsNotFound
+from discovery.evaluation.afs import mean_paths
 from discovery.evaluation.replay_jobs import ReplayRules, Sealing
-from discovery.search.cascade import BASELINE, CandidateVerdict, Cascade, CascadePlan, fixed_recordings
+from discovery.search.cascade import BASELINE, REFERENCE, CandidateVerdict, Cascade, CascadePlan
 from discovery.search.explorers import Candidate
+from discovery.search.explorers.classics import CLASSICS
 from discovery.search.explorers.controller_writer import emit
-from discovery.search.explorers.genome import CLASSICS
+from discovery.search.explorers.genome import genome_of
+from discovery.search.fixed_recordings import fixed_recordings
 from discovery.search.loop import baselines
 from discovery.search.trial_pool import TrialPool, TrialSettings
 from tests.discovery.evaluation.test_evaluate import question
@@ -27,7 +31,7 @@ CELLS = {
     Cell("m", name, Split.SEARCH): [intern_answers(question(i, benchmark=name)) for i in numbers]
     for name, numbers in (("b", range(4)), ("c", range(4, 7)))
 }
-PLAN = CascadePlan(betas=(0.0, 0.5, 1.0), shuffles=2, few=2)
+PLAN = CascadePlan(betas=(0.0, 0.5, 1.0), shuffles=2, few=2, harm=0.0)
 
 HEAD = "from controllers import *\n\n\nclass Mine:\n    def __init__(self, beta): self.most = {most}\n"
 VOTE = HEAD + (
@@ -65,6 +69,32 @@ def judge(cascade: Cascade, *candidates: Candidate) -> list[CandidateVerdict]:
 
 
 # Scores and failures
+
+
+@pytest.mark.process
+def test_a_trial_under_more_orders_continues_the_one_under_fewer(arenas: tuple[TrialPool, TrialPool]) -> None:
+    arena, _ = arenas
+    spec, rules = Spec("mine", GOOD), ReplayRules(sealing=Sealing.ALL)
+    few, more = TrialSettings(PLAN.betas, range(2)), TrialSettings(PLAN.betas, range(5))
+    earlier = arena.submit(spec, few, rules)
+    continued, anew = arena.submit(spec, more, rules, earlier), arena.submit(spec, more, rules)
+    assert continued.orders == anew.orders == 5
+    assert continued.curves() == anew.curves()
+    for ours, theirs in zip(continued.scores, anew.scores, strict=True):
+        assert (ours.beta, ours.cell) == (theirs.beta, theirs.cell)
+        assert (ours.outcomes == theirs.outcomes).all()
+
+
+@pytest.mark.process
+def test_successive_halving_without_the_kernel_gives_the_same_scores(
+    cascade: Cascade, arenas: tuple[TrialPool, TrialPool]
+) -> None:
+    plan = PLAN._replace(shuffles=3, rungs=(1, 2))
+    halved = Cascade(*arenas, plan).judge([written(GOOD), written(WEAK)], [])
+    complete = Cascade(*arenas, plan._replace(rungs=(), few=1)).judge([written(GOOD), written(WEAK)], [])
+    assert [len(verdict.rungs) for verdict in halved] == [2, 2]
+    assert [verdict.score for verdict in halved] == [verdict.score for verdict in complete]
+    assert [verdict.curve for verdict in halved] == [verdict.curve for verdict in complete]
 
 
 def test_a_valid_candidate_is_scored(cascade: Cascade) -> None:
@@ -152,6 +182,15 @@ def test_a_candidate_that_behaves_like_an_earlier_one_is_refused_with_its_digest
     assert third.failure == verdicts[2].failure  # compared with the original, not with its copy
 
 
+def test_candidates_that_differ_only_in_the_signals_they_read_behave_differently(cascade: Cascade) -> None:
+    plain = {"widen": "growing", "stop": "lead"}
+    components = [{}, {"weight": "likelihood"}, {"weight": "probe"}, {"prune": "weak"}, {"filter": "confident"}]
+    sources = [emit(genome_of(plain | parts, most=(64, 64, 1))) for parts in components]
+    verdicts = judge(cascade, *(written(source, "grammar", f"g{at}") for at, source in enumerate(sources)))
+    assert not [verdict.failure for verdict in verdicts if "behaves exactly like" in verdict.failure]
+    assert len({verdict.fingerprint for verdict in verdicts}) == len(components)
+
+
 def test_a_copy_of_a_baseline_is_refused(cascade: Cascade) -> None:
     built_in = baselines()[0]
     (known,) = judge(cascade, built_in)
@@ -224,6 +263,59 @@ def test_a_latency_price_lowers_the_score_by_the_slowdown(arenas: tuple[TrialPoo
     assert free.slowdown > 0
     assert charged.afs == free.afs == free.score
     assert charged.score == pytest.approx(free.afs - 2 * free.slowdown, abs=1e-5)
+
+
+def test_a_critical_path_beyond_the_limit_of_a_champion_lowers_the_score(arenas: tuple[TrialPool, TrialPool]) -> None:
+    slow = GOOD.replace(
+        "return [advance(i, TO_END) for i in state.active]", "return [advance(i, TO_END) for i in state.active[:1]]"
+    )
+    cascade = Cascade(*arenas, PLAN._replace(champions=[Spec("self_consistency")], behind=1000))
+    fast_verdict, slow_verdict = cascade.judge([written(GOOD), written(slow)], [])
+    assert fast_verdict.score == fast_verdict.afs
+    assert slow_verdict.score is not None
+    assert slow_verdict.afs is not None
+    champion, found = (
+        cascade.measure(candidate, PLAN.all)
+        for candidate in (Candidate("self_consistency", "", BASELINE), written(slow))
+    )
+    interval = float(np.mean([recordings[0].interval for recordings in arenas[0].cells.values()]))
+    beyond = np.log2(mean_paths(found) / (1.25 * mean_paths(champion) + interval)).max()
+    assert beyond > 0
+    assert slow_verdict.score == pytest.approx(slow_verdict.afs - 20 * beyond, abs=1e-5)
+
+
+def test_the_loss_on_the_worst_cell_lowers_the_score(arenas: tuple[TrialPool, TrialPool]) -> None:
+    reference, weak = Candidate(REFERENCE, "", BASELINE), written(WEAK)
+    lenient = PLAN._replace(behind=100)
+    free = Cascade(*arenas, lenient).judge([reference, weak], [])
+    charged = Cascade(*arenas, lenient._replace(harm=0.5)).judge([reference, weak], [])
+    assert free[0].worst == charged[0].worst == 0
+    assert charged[0].score == charged[0].afs == free[0].score
+    losses = [charged[1].cells[cell] - charged[0].cells[cell] for cell in charged[0].cells]
+    assert charged[1].worst == pytest.approx(min(losses), abs=1e-5)
+    assert min(losses) < 0
+    assert free[1].afs is not None
+    assert charged[1].score == pytest.approx(free[1].afs + 0.5 * min(losses), abs=1e-5)
+
+
+def test_a_candidate_far_behind_in_the_screening_is_tried_on_nothing_else(
+    arenas: tuple[TrialPool, TrialPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("discovery.search.cascade.FEWEST", 2)
+    plan = PLAN._replace(screen=4, far_behind=2.0)
+    good, weak = Cascade(*arenas, plan).judge([written(GOOD), written(WEAK)], [])
+    assert good.screened is not None
+    assert weak.screened is not None
+    assert weak.screened < good.screened - plan.far_behind
+    assert weak.failure.startswith(f"scored {weak.screened:.2f} on very few questions, where the best scored")
+    assert (weak.few, weak.score, good.failure) == (None, None, "")
+    (later,) = Cascade(*arenas, plan).judge([written("# 2\n" + WEAK.replace("0.9", "0.8"))], [good])
+    assert (later.few, later.score) == (None, None)  # compared with the best of earlier steps
+
+
+def test_few_recordings_are_not_screened(cascade: Cascade) -> None:
+    (verdict,) = judge(cascade, written(GOOD))
+    assert verdict.screened is None
 
 
 def test_only_files_of_the_grammar_run_unsealed(cascade: Cascade) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,8 @@ class Careful:
         return [prune(i) for i in cut] + [move for i in state.active if i not in cut for move in (advance(i), probe(i))]
 """
 ENGINES = (EngineName.LOCAL, EngineName.PROCESS)
+ORDERS = int(os.environ.get("SOAK_ORDERS", "4"))
+"""Branch orders on public recordings."""
 HONEST_ONES = [*(Spec(name) for name in BUILT_IN), spec(), Spec("careful", CAREFUL)]
 
 
@@ -192,8 +195,8 @@ def test_engines_give_the_same_scores_for_a_sealed_controller() -> None:
 def test_honest_controllers_score_the_same_sealed_and_unsealed_on_public_recordings(spec: Spec) -> None:
     path = FOLDER / "autotts" / "Qwen3-1.7B" / "aime25.json.xz"
     recordings = [intern_answers(recorded) for recorded in read_release(path)]
-    job = Job(spec, 0.5, release_cell(path), range(17))
+    job = Job(spec, 0.5, release_cell(path), range(ORDERS))
     sealed, plain = (run_job(job, recordings, ReplayRules(sealing=how)) for how in (Sealing.ALL, Sealing.NONE))
-    assert sealed.outcomes[0].size >= 500
+    assert sealed.outcomes[0].size == ORDERS * len(recordings)
     assert sealed.failures == plain.failures == []
     assert np.array_equal(sealed.outcomes, plain.outcomes)

@@ -267,3 +267,24 @@ def test_traces_of_other_questions_are_refused(tmp_path: Path) -> None:
 
 def test_labels_are_written_as_letters() -> None:
     assert [digests._letter(i) for i in (0, 25, 26, 53)] == ["A", "Z", "A1", "B2"]
+
+
+def test_known_confidences_are_shown_beside_the_votes(tmp_path: Path) -> None:
+    decide = """
+        if self.round == 1: return [branch(), branch()]
+        if self.round == 2: return [probe(0), probe(1)]
+        return [advance(i, TO_END) for i in state.active] or [answer(state.leader())]
+"""
+    branches = [
+        RecordedBranch([RIGHT], 150, WRONG, (), True, [sure, sure], [100, 100], [probe])
+        for sure, probe in ((300, 912), (410, 801))
+    ]
+    recorded = RecordedQuestion(question_id("q"), "m", "b", 100, branches, RIGHT, text="q")
+    headings = "votes; latest labels of running branches"
+    text = played(tmp_path / "unread", decide, recorded)
+    assert f"{headings}\n" in text
+    assert re.search(r"^    2 +2 +0 +200  –; A\+ 2$", text, re.MULTILINE)
+    text = played(tmp_path / "read", decide + '    signals = ("intervals", "probes")\n', recorded)
+    assert f"{headings} (in brackets their mean confidence in per mille)\n" in text
+    assert re.search(r"^    2 +2 +0 +200  –; A\+ 2 \(856\)$", text, re.MULTILINE)
+    assert re.search(r"^    3 +0 +2 +300  B 2 \(355\); –$", text, re.MULTILINE)

@@ -26,6 +26,7 @@ from discovery.search.explorers import Candidate, Cost, Explorer, ExplorerContex
 from discovery.search.explorers import agent as agents
 from discovery.search.explorers.agent import Agent
 from discovery.search.explorers.endpoint import KEY, LLMSettings
+from discovery.search.explorers.evolution import ratings
 from discovery.search.explorers.files import Files
 from discovery.search.explorers.llm import LLM, _read
 from discovery.search.explorers.transcript import Transcript, exchange_key
@@ -741,3 +742,31 @@ def test_a_launcher_with_invalid_arguments_exits_with_refused(arguments: str) ->
     command = [sys.executable, "-m", "discovery.search.explorers.confine", *arguments.split()]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == confine.REFUSED
+
+
+# Ratings for explorers that learn from earlier candidates
+
+
+def test_ratings_rank_scores_above_estimates_and_failures_last() -> None:
+    def standing(name: str, score: float | None, estimate: float | None) -> ScoredCandidate:
+        return ScoredCandidate(Candidate(name, f"# {name}\n", "grammar"), score, estimate=estimate)
+
+    standings = [
+        standing("best", 50.0, 52.0),
+        standing("scored", 49.5, 51.5),
+        standing("dropped", None, 49.0),
+        standing("dropped early", None, 40.0),
+        standing("failed", None, None),
+        standing("hardly dropped", None, 51.9),
+        standing("nearly as good", None, 51.8),
+    ]
+    rated = ratings(standings)
+    in_order = [rated[one.candidate.digest] for one in standings]
+    assert in_order == pytest.approx([50.0, 49.5, 45.6, 36.6, 35.6, 48.5, 48.4])
+
+
+def test_ratings_without_scores_are_the_estimates() -> None:
+    dropped = ScoredCandidate(Candidate("a", "# a\n", "grammar"), None, estimate=-7.0)
+    failed = ScoredCandidate(Candidate("b", "# b\n", "grammar"), None)
+    assert list(ratings([dropped, failed]).values()) == [-7.0, -8.0]
+    assert list(ratings([failed]).values()) == [-1.0]

@@ -17,7 +17,7 @@ import pytest
 from pydantic import SecretStr
 
 from controllers.advice import advise
-from discovery.commands.discover import CONTEXT, RECORD, load_search_split, recording_width_warnings
+from discovery.commands.discover import CONTEXT, RECORD, VARIED, load_search_split, recording_width_warnings
 from discovery.data.importers import format_recording_line
 from discovery.data.recordings import (
     Cell,
@@ -34,15 +34,16 @@ from discovery.errors import BudgetExhausted, ExplorerError, HistoryError
 from discovery.evaluation.afs import Curve
 from discovery.evaluation.evaluate import AnswerComparison
 from discovery.evaluation.replay_jobs import ReplayRules
-from discovery.search.cascade import CandidateVerdict, Cascade, CascadePlan, fixed_recordings
+from discovery.search.cascade import CandidateVerdict, Cascade, CascadePlan
 from discovery.search.explorers import Candidate, Cost, Explorer, ExplorerContext
 from discovery.search.explorers.catalogue import TRANSCRIPT
+from discovery.search.explorers.classics import CLASSICS
 from discovery.search.explorers.endpoint import KEY, LLMSettings
 from discovery.search.explorers.files import Files
-from discovery.search.explorers.genome import CLASSICS
 from discovery.search.explorers.grammar import Grammar
 from discovery.search.explorers.llm import LLM
 from discovery.search.explorers.transcript import Response, Transcript
+from discovery.search.fixed_recordings import fixed_recordings
 from discovery.search.history import Event, History
 from discovery.search.loop import (
     BASELINES,
@@ -162,15 +163,15 @@ def test_a_run_starts_with_the_baselines_and_records_each_round(straight: Search
     kinds = [event.kind for event in straight.history.events]
     assert kinds == ["begun", *["proposed", "judged"] * 4, "chosen"]
     assert straight.steps == 4
-    assert [one.name for one in straight.candidates[:4]] == list(BASELINES)
-    assert len(straight.candidates) == len(straight.verdicts) == 4 + len(CLASSICS) + 3 + 3
+    assert [one.name for one in straight.candidates[: len(BASELINES)]] == list(BASELINES)
+    assert len(straight.candidates) == len(straight.verdicts) == len(BASELINES) + len(CLASSICS) + 3 + 3
     assert straight.spent == 0
     assert [one.digest for one in straight.candidates] == [one.digest for one in straight.verdicts]
 
 
 def test_baselines_have_sources_and_pass_the_cascade(straight: SearchLoop) -> None:
-    assert all(one.source.count("class ") == 1 for one in baselines())
-    assert [verdict.failure for verdict in straight.verdicts[:4]] == [""] * 4
+    assert all(one.source.count("def decide(") == 1 for one in baselines())
+    assert [verdict.failure for verdict in straight.verdicts[: len(BASELINES)]] == [""] * len(BASELINES)
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["between events", "in the middle of one"])
@@ -216,7 +217,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from discovery.search.trial_pool import TrialPool
-from discovery.search.cascade import Cascade, fixed_recordings
+from discovery.search.cascade import Cascade
+from discovery.search.fixed_recordings import fixed_recordings
 from discovery.search.loop import SearchLimits
 from discovery.search.explorers.grammar import Grammar
 from discovery.evaluation.replay_jobs import ReplayRules
@@ -224,7 +226,7 @@ from tests.discovery.search.test_loop import CELLS, PLAN, started
 
 def stop(run):
     if run.steps == int(sys.argv[2]):
-        for process in [*arena._pool._processes.values(), *probes._pool._processes.values()]:
+        for process in [*arena._pool._pool._processes.values(), *probes._pool._pool._processes.values()]:
             process.kill()
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -259,7 +261,7 @@ def test_a_run_ends_when_the_explorer_proposes_nothing(tmp_path: Path, cascade: 
     seen: list[int] = []
     run.search(SearchLimits(), lambda run: seen.append(run.steps))
     assert seen == [1, 2]
-    assert [(one.name, bool(verdict.failure)) for one, verdict in read_pairs(run.history)[4:]] == [
+    assert [(one.name, bool(verdict.failure)) for one, verdict in read_pairs(run.history)[len(BASELINES) :]] == [
         ("falling", True),
         ("good", False),
     ]
@@ -366,9 +368,10 @@ def test_the_context_of_an_explorer_has_rounded_figures(straight: SearchLoop) ->
 
 
 def test_the_context_holds_digests_of_the_current_leaders_only(
-    tmp_path: Path, arenas: tuple[TrialPool, TrialPool]
+    tmp_path: Path, arenas: tuple[TrialPool, TrialPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So a resumed run, which never saw earlier leaders, shows the same context."""
+    monkeypatch.setattr("discovery.search.loop.BASELINES", ("self_consistency", "asc"))
     digested_names: list[str] = []
 
     def digester(candidate: Candidate) -> str:
@@ -654,7 +657,7 @@ def check_clean(text: str) -> None:
     assert not [one for one in PLANTED if one.question[:12] in text]
 
 
-SEARCH = ("--shuffles", "2", "--workers", "1", "--recordings")
+SEARCH = ("--no-kernel", "--shuffles", "2", "--workers", "1", "--recordings")
 
 
 @pytest.fixture(scope="module")
@@ -691,7 +694,24 @@ def test_the_discover_command_writes_record_controller_and_card(finished_run: tu
     assert about["settings"] == record.events[0].body
     assert about["settings"]["answers"] == "exact"
     assert [[point["beta"] for point in cell["points"]] for cell in about["search"]["cells"]] == [list(FINAL_BETAS)] * 2
-    assert about["cost"] == {"usd": 0, "candidates": 4 + len(CLASSICS) + 8, "steps": 3}
+    assert about["cost"] == {"usd": 0, "candidates": len(BASELINES) + len(CLASSICS) + 8, "steps": 3}
+
+
+def test_a_search_with_the_kernel_says_so_in_history_and_card(lines: Path, tmp_path: Path) -> None:
+    pytest.importorskip("numba", reason="numba is not installed")
+    asked = ("--kernel", "--shuffles", "9", "--workers", "1", "--rounds", "2", "--out", "run")
+    done = autotts("discover", "--recordings", str(lines), *asked, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = History.read(tmp_path / "run" / RECORD)
+    (file,) = (tmp_path / "run").glob("*.py")
+    about = json.loads(file.with_suffix(".json").read_text())
+    assert (about["settings"]["runner"], about["settings"]["shuffles"]) == ("kernel", 9)
+    assert record.events[0].body["runner"] == "kernel"
+    verdicts = [verdict for _, verdict in read_pairs(record)]
+    assert len(verdicts) == len(BASELINES) + len(CLASSICS) + 8 + VARIED
+    assert {len(verdict.rungs) for verdict in verdicts} == {0, 1, 2}
+    assert not [verdict.failure for verdict in verdicts if "disagree" in verdict.failure]
+    assert "disagreeing" not in record.bodies("chosen")[0]
 
 
 def test_collected_recordings_are_searched_with_canonical_answers(tmp_path: Path) -> None:
@@ -703,12 +723,21 @@ def test_collected_recordings_are_searched_with_canonical_answers(tmp_path: Path
     assert load_search_split(path, [], [], AnswerComparison.EXACT)[1] == "exact"
 
 
+def test_a_search_leaves_out_cells_whose_right_answers_are_unknown(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    asked = [one for one in ASKED if one.benchmark == "b"]
+    live = [replace(one, benchmark="live", reference=None) for one in asked]
+    path.write_text("".join(map(format_recording_line, [*live, *asked])))
+    cells, _ = load_search_split(path, [], [], AnswerComparison.AUTO)
+    assert {cell.benchmark for cell in cells} == {"b"}
+
+
 async def test_the_search_is_also_written_to_the_store(finished_run: tuple[Path, str]) -> None:
     record = History.read(finished_run[0] / RECORD)
     async with Store.open(finished_run[0].parent / "kept.db") as store:
         runs = await store._read("SELECT id, explorer, candidates FROM runs")
         best = await store._read("SELECT digest FROM candidates WHERE score = (SELECT MAX(score) FROM candidates)")
-        assert runs == [(record.head, "grammar", 4 + len(CLASSICS) + 8)]
+        assert runs == [(record.head, "grammar", len(BASELINES) + len(CLASSICS) + 8)]
         assert best[0][0] in {
             candidate["digest"] for body in record.bodies("proposed") for candidate in map(digested, body["candidates"])
         }
@@ -734,11 +763,11 @@ def test_the_history_command_shows_diffs_and_plots_a_run(finished_run: tuple[Pat
     shown = json.loads(autotts("history", "show", folder, "--json", folder=tmp_path).stdout)
     record = History.read(finished_run[0] / RECORD)
     assert shown["head"] == record.head
-    assert [one["name"] for one in shown["candidates"][:4]] == list(BASELINES)
+    assert [one["name"] for one in shown["candidates"][: len(BASELINES)]] == list(BASELINES)
     table = autotts("history", "show", folder, folder=tmp_path).stdout
     assert f"{len(shown['candidates'])} candidates; history hash {record.head[:16]}" in table
     assert all(one["digest"][:12] in table for one in shown["candidates"])
-    first, second = (one["digest"] for one in shown["candidates"][4:6])
+    first, second = (one["digest"] for one in shown["candidates"][len(BASELINES) :][:2])
     details = autotts("history", "show", f"{folder}/{RECORD}", "grammar-1-0", folder=tmp_path).stdout
     assert f"digest: {first}" in details
     assert "class Discovered" in details
@@ -783,6 +812,9 @@ def test_the_discover_command_resumes_a_cut_run_only_with_the_same_settings(
     check_refused(tmp_path, "a run is recorded there; continue it with --resume", *asked)
     check_refused(tmp_path, "the run began with seed = 0, not 5", *asked, "--seed", "5", "--resume")
     check_refused(tmp_path, "answers = exact, not canonical", *asked, "--answers", "canonical", "--resume")
+    refused = "the run began with signals = ['intervals', 'probes'], not []"
+    check_refused(tmp_path, refused, *asked, "--signals", "none", "--resume")
+    check_refused(tmp_path, "--signals: ", *asked, "--signals", "sight", "--resume")
     done = autotts(*asked, "--resume", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / RECORD).read_bytes() == complete
@@ -814,6 +846,8 @@ def check_refused(folder: Path, message: str, *arguments: str) -> None:
         (["--rounds", "1", "--out", "file"], "file: File exists"),
         (["--rounds", "1", "--resume"], "No such file or directory; name the folder of a recorded run"),
         (["--rounds", "1", "--explorer", "files"], "--explorer files needs --folder"),
+        (["--rounds", "1", "--explorer", "llm", "--kernel"], "--kernel plays genomes of --explorer grammar only"),
+        (["--rounds", "1", "--tune", "--kernel"], "--kernel plays genomes of --explorer grammar only, without --tune"),
         (["--rounds", "1", "--explorer", "agent"], "--explorer agent needs --command"),
         (["--rounds", "1", "--explorer", "agent", "--command", "a 'b"], "--command: No closing quotation"),
         (["--rounds", "1", "--explorer", "llm"], "--explorer llm needs --llm"),
@@ -902,7 +936,7 @@ def test_the_grammar_gets_no_text_of_recordings(finished_run: tuple[Path, str]) 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux confines agents")
 def test_an_agent_gets_no_text_of_recordings(lines: Path, tmp_path: Path) -> None:
     """Only names of cells may occur in the export, which needs them to tell cells apart."""
-    script = f"printf %s {shlex.quote(FALLING)} > candidate.py; test ! -e history/0004* || "
+    script = f"printf %s {shlex.quote(FALLING)} > candidate.py; test ! -e history/0005* || "
     script += f"printf %s {shlex.quote(GOOD)} > candidate.py"
     agent = ("--explorer", "agent", "--command", shlex.join(["/bin/sh", "-c", script]))
     asked = ("discover", *SEARCH, str(lines), "--rounds", "2", *agent, "--out", "run")

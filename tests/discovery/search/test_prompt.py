@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
@@ -12,11 +13,15 @@ import pytest
 
 from controllers import Advanced, Limits, State, branch, run_episode, run_sync
 from controllers.advice import IMPORTS, advise
+from controllers.builtin import BUILT_IN
+from controllers.core.branch_facts import Branch
 from controllers.loading import Spec, make
-from controllers.state import Branch
+from controllers.signals import Signal
 from discovery.data.recordings import intern_answers
 from discovery.evaluation.replay import ReplayEnvironment, shuffled_order
+from discovery.promotion.conditions import GateTerms
 from discovery.search import prompt
+from discovery.search.cascade import REFERENCE
 from discovery.search.explorers import Candidate, ExplorerContext, ScoredCandidate
 from discovery.search.prompt import EXAMPLE, SYSTEM, USER, clean, clean_lines, draw_parent, fence, find_champion, render
 from tests.discovery.evaluation.test_evaluate import question
@@ -79,6 +84,8 @@ def test_every_name_on_the_api_page_exists() -> None:
     [
         *(("dial", "linear(low, high, beta)"), ("dial", "doubling(high, beta)"), ("voting", "tally(labels)")),
         *(("voting", "plurality(votes)"), ("voting", "top_two(votes)"), ("voting", "confidence(first, second)")),
+        *(("voting", "softmax(scores, scale)"), ("voting", "weighted_votes(labels, weights)")),
+        *(("stopping", "bayes_factor(counts)"), ("stopping", "is_certified(votes, error)")),
     ],
 )
 def test_the_api_page_gives_the_signatures_of_the_helpers(module: str, call: str) -> None:
@@ -86,6 +93,35 @@ def test_the_api_page_gives_the_signatures_of_the_helpers(module: str, call: str
     assert f"`{call}`" in prompt.api(EMPTY)
     signature = inspect.signature(getattr(importlib.import_module(f"controllers.{module}"), name))
     assert list(signature.parameters) == arguments.split(", ")
+
+
+def test_the_api_page_names_the_signals_and_how_to_declare_them() -> None:
+    page = prompt.api(EMPTY)
+    declaration = re.search(r"`signals = (\([^)]*\))`", page)
+    assert declaration is not None
+    assert ast.literal_eval(declaration.group(1)) == tuple(str(signal) for signal in Signal)
+    described = page[page.index("Signals: ") : page.index("Helpers:")]
+    named = re.findall(r"`(\w+)`", described)
+    assert named == ["log_probability", "confidence", "lowest", "probe_confidence"]
+    assert [name for name in named if not hasattr(Branch(), name)] == []
+    assert "may be None" in described
+    assert Spec("example", EXAMPLE).signals == {Signal.INTERVALS}
+
+
+def test_the_constraints_name_the_reference_of_the_penalty() -> None:
+    assert f"below that of `{REFERENCE}`" in " ".join(prompt.constraints(EMPTY).split())
+    assert REFERENCE in BUILT_IN
+
+
+def test_the_prompt_states_the_conditions_of_the_gate_with_their_margins() -> None:
+    system = " ".join(render(EMPTY)[0]["content"].split())
+    for text in (
+        f"at most {GateTerms.alpha:.0%} are promoted by chance",
+        f"not more than {GateTerms.margin:g} point less accurate at β = {GateTerms.beta:g} than the champion at equal",
+        f"loses more than {GateTerms.losing:g} points of AFS in no cell",
+        f"within {GateTerms.slowdown:g} times the champion's, plus one interval",
+    ):
+        assert text in system
 
 
 def test_the_constraints_list_the_allowed_imports() -> None:
@@ -141,7 +177,7 @@ def test_blocks_keep_their_size_limit_with_the_newest_or_best_entries_first() ->
         one._replace(failure=one.failure * 3000, curve=[(b / 99, b, 1.0) for b in range(99)]) for one in standings
     ]
     digests = {one.candidate.digest: "word " * 9000 for one in standings[-5:]}
-    context = ExplorerContext(1, 500, standings, digests)
+    context = ExplorerContext(1, 500, standings, digests, has_probes=False)
     for block in (*SYSTEM, *USER):
         assert 0 < len(block.write(context)) <= block.most, block.name
     assert sum(len(message["content"]) for message in render(context)) <= 68_000

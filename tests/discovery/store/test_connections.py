@@ -6,11 +6,14 @@ import asyncio
 import os
 import sqlite3
 import stat
+import threading
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import aiohttp
+import aiosqlite
 import pytest
 
 from discovery.data.atomic_files import atomic_write, check_writable_path, is_database_file
@@ -318,3 +321,56 @@ async def test_a_moved_store_in_use_shares_no_records_with_a_new_one(tmp_path: P
             await fresh.add_all([episode("newer")])
     assert stored(aside) == {"a", "late", "later"}
     assert stored(path) == {"new", "newer"}
+
+
+async def test_a_cancelled_connection_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, released, connect = threading.Event(), threading.Event(), sqlite3.connect
+
+    def waiting(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        started.set()
+        assert released.wait(10)
+        connection: sqlite3.Connection = connect(*arguments, **options)
+        return connection
+
+    async def opening() -> None:
+        async with Store.open(tmp_path / "s.db"):
+            pass
+
+    async with Store.open(tmp_path / "s.db", create=True):
+        pass
+    monkeypatch.setattr("aiosqlite.core.sqlite3.connect", waiting)
+    before = set(threading.enumerate())
+    task = asyncio.create_task(opening())
+    assert await asyncio.to_thread(started.wait, 10)
+    task.cancel()
+    asyncio.get_running_loop().call_later(0.01, released.set)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    left = [thread for thread in set(threading.enumerate()) - before if "connection_worker" in thread.name]
+    assert left == []
+
+
+async def test_a_cancelled_migration_ends_as_cancelled_even_if_it_was_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committed, execute = asyncio.Event(), aiosqlite.Connection.execute
+
+    async def lingering(connection: aiosqlite.Connection, statement: str, *arguments: Any) -> aiosqlite.Cursor:
+        cursor = await execute(connection, statement, *arguments)
+        if statement == "COMMIT":
+            committed.set()
+            await asyncio.sleep(60)
+        return cursor
+
+    monkeypatch.setattr(aiosqlite.Connection, "execute", lingering)
+    task = asyncio.create_task(_created(tmp_path / "s.db"))
+    async with asyncio.timeout(10):
+        await committed.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+async def _created(path: Path) -> None:
+    async with Store.open(path, create=True):
+        pass

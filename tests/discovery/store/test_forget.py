@@ -13,14 +13,17 @@ import pytest
 
 from discovery.data.recordings import LabelSource, Origin, RecordedQuestion, question_id
 from discovery.errors import RecordingsNotFound, StoreError
-from discovery.store import Feedback, ForgottenCounts, Label, ServedEpisode, Store, StoreItem
+from discovery.store import Feedback, ForgottenCounts, Label, ServedEpisode, Store, StoreItem, StorePlace
+from discovery.store.databases.sqlite import SqliteConnection
 from discovery.store.item_lines import encode_item
 from discovery.store.schema import COLUMNS
 from proxy.commands.forget import forget
 from proxy.recording.spill_file import SpillFiles
 from tests.discovery.audit.served import write
 from tests.discovery.evaluation.test_evaluate import autotts
-from tests.discovery.store.test_sqlite import change, some
+from tests.discovery.store.outside import run_sql
+from tests.discovery.store.test_replay_store import some
+from tests.discovery.store.usage.served import is_consistent
 
 OLD, THEN = "2020-01-01T00:00:00.000000+00:00", "2021-01-01T00:00:00.000000+00:00"
 
@@ -50,7 +53,9 @@ def feedback_on(name: str, **changes: Any) -> Feedback:
 
 def recorded(name: str) -> RecordedQuestion:
     made = some(f"secret-{name}-asked", request=name, origin=Origin.LIVE)
-    return replace(made, question=f"q{name}", reference=None)
+    finished, ended = made.branches
+    finished = finished._replace(confidences=[800] * 4, lowests=[700] * 4, probe_confidences=[900, None, 990])
+    return replace(made, question=f"q{name}", reference=None, branches=[finished, ended])
 
 
 def labelled(question: str, *sources: LabelSource) -> list[Label]:
@@ -75,19 +80,30 @@ def holding(folder: Path, word: str) -> list[str]:
     return [one.name for one in folder.iterdir() if word.encode() in one.read_bytes()]
 
 
-ONE = {"questions": 1, "recordings": 1, "branches": 2, "episodes": 1, "feedback": 1, "provenance": 1, "labels": 3}
+def remains(place: StorePlace, word: str) -> bool:
+    """Return whether a file of the store, or a row in PostgreSQL, contains `word`."""
+    if isinstance(place, Path):
+        return bool(holding(place.parent, word))
+    tables = (*COLUMNS, "episode_facts", "usage_hours", "usage_days")
+    return any(run_sql(place, f"SELECT 1 FROM {table} WHERE {table}::text LIKE '%{word}%'") for table in tables)
+
+
+ONE = {
+    **{"questions": 1, "recordings": 1, "branches": 2, "branch_signals": 1},
+    **{"episodes": 1, "feedback": 1, "provenance": 1, "labels": 3},
+}
 ALL = ForgottenCounts(1, 1, 1, 3, 1)
 
 
 @pytest.mark.parametrize("which", [{"request": "a"}, {"tenant": "A"}])
-async def test_forgotten_data_and_its_bytes_are_removed_for_good(tmp_path: Path, which: dict[str, str]) -> None:
-    async with Store.open(tmp_path / "s.db", create=True) as store:
+async def test_forgotten_data_and_its_bytes_are_removed_for_good(place: StorePlace, which: dict[str, str]) -> None:
+    async with Store.open(place, create=True) as store:
         await put(store, "a", tenant="A")
         await put(store, "b", tenant="B")
         was = await store.episodes(), await store.feedback()
-        assert holding(tmp_path, "secret-a-") != []
+        assert remains(place, "secret-a-")
         assert await store.forget(**which) == ALL
-        assert holding(tmp_path, "secret-a-") == []  # while the store is open
+        assert not remains(place, "secret-a-")  # while the store is open
         assert await counted(store) == ONE
         late = feedback_on("a", id="later", tenant="A")  # feedback that arrives after the erasure
         await store.add_all([*was[0], *was[1], recorded("a"), late])  # a spill file may still hold them
@@ -95,12 +111,12 @@ async def test_forgotten_data_and_its_bytes_are_removed_for_good(tmp_path: Path,
         assert [one.id for one in await store.episodes()] == ["b"]
         assert [one.id for one in await store.feedback()] == ["fb"]
         assert (await store.verify()).bad == []
-    assert holding(tmp_path, "secret-a-") == []
-    assert holding(tmp_path, "secret-b-") == ["s.db"]
+    assert not remains(place, "secret-a-")
+    assert remains(place, "secret-b-")
 
 
-async def test_an_earlier_episode_of_a_forgotten_tenant_is_not_added_later(tmp_path: Path) -> None:
-    async with Store.open(tmp_path / "s.db", create=True) as store:
+async def test_an_earlier_episode_of_a_forgotten_tenant_is_not_added_later(place: StorePlace) -> None:
+    async with Store.open(place, create=True) as store:
         await store.forget(tenant="A")
         await store.add_all([episode("a", "A", created=OLD), feedback_on("a", tenant="A", created=OLD)])
         assert await counted(store) == {}
@@ -108,9 +124,9 @@ async def test_an_earlier_episode_of_a_forgotten_tenant_is_not_added_later(tmp_p
         assert await counted(store) == {"episodes": 1}
 
 
-async def test_forgetting_leaves_other_tenants_data(tmp_path: Path) -> None:
+async def test_forgetting_leaves_other_tenants_data(place: StorePlace) -> None:
     """For questions that other tenants asked too, only derived labels are removed; a client's answer may be in them."""
-    async with Store.open(tmp_path / "s.db", create=True) as store:
+    async with Store.open(place, create=True) as store:
         served = [episode("a", "A", "q"), episode("b", "B", "q"), episode("c", "B", "p"), episode("d", "B", "other")]
         heard = [feedback_on("a", tenant="A"), feedback_on("b", tenant="B"), feedback_on("c", id="of A", tenant="A")]
         await store.add_all([*served, *heard])
@@ -124,15 +140,46 @@ async def test_forgetting_leaves_other_tenants_data(tmp_path: Path) -> None:
         assert [one.id for one in await store.feedback()] == ["fb"]
 
 
-async def test_expired_episodes_are_removed_with_their_recordings(tmp_path: Path) -> None:
-    async with Store.open(tmp_path / "s.db", create=True) as store:
+async def test_expired_episodes_are_removed_with_their_recordings(place: StorePlace) -> None:
+    async with Store.open(place, create=True) as store:
         await put(store, "a", created=OLD)
         await put(store, "b")
         await store.add_all([feedback_on("a", id="later")])  # recent feedback on an old episode
         assert await store.expire(THEN) == ForgottenCounts(1, 2, 1, 3, 1)
-        assert holding(tmp_path, "secret-a-") == []
+        assert not remains(place, "secret-a-")
         assert await counted(store) == ONE
         assert await store.expire(THEN) == ForgottenCounts(0, 0, 0, 0, 0)
+
+
+async def test_records_expire_in_several_transactions(place: StorePlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("discovery.store.replay_store.EXPIRED_AT_ONCE", 3)
+    monkeypatch.setattr("discovery.store.databases.connection.CHUNK", 2)
+    async with Store.open(place, create=True) as store:
+        await put(store, *"abcdefg", created=OLD)
+        await store.add_all([episode("shared", question="qa"), feedback_on("g", id="more", created=OLD)])
+        await put(store, "new")
+        await store.sum_usage()
+        before = store.transactions
+        assert await store.expire(THEN) == ForgottenCounts(
+            7, 8, 7, 20, 6
+        )  # a question is still used, with its reference
+        assert store.transactions - before == 4  # the last one finds nothing
+        assert sorted(one.id for one in await store.episodes()) == ["new", "shared"]
+        assert (await store.verify()).bad == []
+        assert await is_consistent(store)
+        assert await store.expire(THEN) == ForgottenCounts(0, 0, 0, 0, 0)
+
+
+async def test_old_records_are_found_by_an_index(place: StorePlace) -> None:
+    async with Store.open(place, create=True) as store:
+        for table in ("episodes", "feedback"):
+            query = f"SELECT id FROM {table} WHERE created < '2030' ORDER BY created LIMIT 2000"
+            if isinstance(place, Path):
+                plan = str(await store._read(f"EXPLAIN QUERY PLAN {query}"))
+            else:
+                await store._read("SET enable_seqscan = off")  # a few rows are read faster without an index
+                plan = str(await store._read(f"EXPLAIN {query}"))
+            assert f"{table}_by_age" in plan
 
 
 @pytest.fixture
@@ -165,14 +212,16 @@ async def test_bytes_kept_in_the_log_by_a_reader_are_reported(tmp_path: Path, re
 async def test_bytes_kept_in_the_file_by_a_writer_are_reported(tmp_path: Path, reader: sqlite3.Connection) -> None:
     async with Store.open(tmp_path / "s.db", create=True, wait_ms=0) as store:
         await put(store, "a")
-        begin = store._writes.connection.execute_fetchall
+        assert isinstance(store._writes.connection, SqliteConnection)
+        opened = store._writes.connection.opened
+        begin = opened.execute_fetchall
 
         def and_another(statement: str, *values: Any) -> Any:
             if statement == "VACUUM":
                 reader.execute("BEGIN IMMEDIATE")
             return begin(statement, *values)
 
-        store._writes.connection.execute_fetchall = and_another  # type: ignore[method-assign]
+        opened.execute_fetchall = and_another  # type: ignore[method-assign]
         with pytest.raises(
             StoreError, match="rows were removed, but their bytes remain in the file: database is locked"
         ):
@@ -180,15 +229,14 @@ async def test_bytes_kept_in_the_file_by_a_writer_are_reported(tmp_path: Path, r
         assert await counted(store) == {}
 
 
-async def test_pruning_a_corrupt_episode_removes_its_recordings(tmp_path: Path) -> None:
-    path = tmp_path / "s.db"
-    async with Store.open(path, create=True) as store:
+async def test_pruning_a_corrupt_episode_removes_its_recordings(place: StorePlace) -> None:
+    async with Store.open(place, create=True) as store:
         await put(store, "a", "b")
-    change(path, "UPDATE episodes SET stop = 'x' WHERE id = 'a'")
-    async with Store.open(path) as store:
+    run_sql(place, "UPDATE episodes SET stop = 'x' WHERE id = 'a'")
+    async with Store.open(place) as store:
         assert tuple(await store.prune(corrupt=True)) == (1, 1, 2)
         assert {one.request for cell in await store.summaries() for one in await store.load(cell.cell)} == {"b"}
-    assert holding(tmp_path, "secret-a-asked") == []
+    assert not remains(place, "secret-a-asked")
 
 
 # Opening

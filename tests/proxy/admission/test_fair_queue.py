@@ -123,6 +123,31 @@ def test_no_limit_is_exceeded_and_no_free_permit_is_withheld(places: int, queue:
     asyncio.run(play())
 
 
+async def test_a_request_looks_at_no_other_holders_that_wait_for_their_own_limits() -> None:
+    """Otherwise each request would take longer, the more keys have requests that wait."""
+
+    class Counting(FairQueue):
+        asked = 0
+
+        def _may_run(self, holder: str, limit: int | None) -> bool:
+            self.asked += 1
+            return super()._may_run(holder, limit)
+
+    def looks(holders: int) -> int:
+        fair_queue = Counting(2 * holders, holders)
+        permits = [fair_queue.enter(f"key {number % holders}", 1) for number in range(2 * holders)]
+        assert (fair_queue.in_flight, fair_queue.waiting) == (holders, holders)
+        permits[holders].release()
+        permits[0].release()
+        fair_queue.asked = 0
+        fair_queue.enter("key 0", 1).release()
+        permits[1].release()
+        assert permits[holders + 1].granted.is_set()
+        return fair_queue.asked
+
+    assert looks(100) == looks(2)
+
+
 # Over HTTP
 
 
@@ -221,3 +246,16 @@ async def test_a_request_refused_after_admission_releases_its_permit(backend: Fa
             assert (status, reply["error"]["code"]) == (400, "cap_too_small")
         await settled(url, http, episodes=0, waiting=0)
         assert (await ask(http, url, "x", "0"))[0] == 200
+
+
+async def test_the_queue_counts_those_that_wait_however_they_leave_it() -> None:
+    queue = FairQueue(1, 10)
+    first, *others = (queue.enter(f"key {number % 3}") for number in range(6))
+    assert queue.waiting == len(others) == sum(queue.waiting_of(f"key {number}") for number in range(3))
+    others[2].release()
+    assert queue.waiting == 4
+    first.release()
+    assert (queue.waiting, queue.in_flight) == (3, 1)
+    for permit in others:
+        permit.release()
+    assert (queue.waiting, queue.in_flight) == (0, 0)

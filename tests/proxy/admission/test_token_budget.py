@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from proxy.admission import api_keys
 from proxy.admission.token_bound import TokenBound
 from proxy.admission.token_budget import (
     GRAIN_S,
+    LOOKED_AT,
     MINUTE_S,
     SHARE,
     BudgetExceeded,
@@ -29,6 +31,7 @@ from proxy.admission.token_budget import (
     Reservation,
     TokenBudgets,
     TokenWindow,
+    forget_idle,
     retry_after,
 )
 from proxy.admission.usage_meter import UNSEEN_TOKENS, BoundedReplyMeter
@@ -193,7 +196,8 @@ class Budgets(RuleBasedStateMachine):
         """Settle all open requests. Budgets keep no window afterwards."""
         for _, reserve in self.open.values():
             reserve.settle(0, self.now)
-        self.token_budgets.forget(self.now + MINUTE_S + GRAIN_S)
+        for _ in CAPS:
+            self.token_budgets.forget(self.now + MINUTE_S + GRAIN_S)
         assert not self.token_budgets.windows
 
 
@@ -432,7 +436,8 @@ async def test_a_disconnect_charges_the_generated_tokens_and_releases_the_reserv
             await backend.hanging.wait()
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            await asyncio.wait_for(backend.idle.wait(), 10)
+            async with asyncio.timeout(10):
+                await backend.idle.wait()
             backend.fault_after = len(backend.requests) + 3
         for _ in range(200):
             async with http.get(f"{url}/v1/tts/keys", headers=bearer(BOSS)) as response:
@@ -484,3 +489,36 @@ def test_refused_attempts_do_not_raise_a_rate_limit() -> None:
             rate.take("a", 15 * at / 17_772)
             taken += 1
     assert taken == 100
+
+
+def test_a_call_looks_at_few_windows_and_the_calls_together_at_all() -> None:
+    """A call must take the same time however many keys are in use."""
+    looked_at: list[str] = []
+
+    class Watched(TokenWindow):
+        def __init__(self, name: str) -> None:
+            super().__init__(10)
+            self.name = name
+
+        def spent(self, now: float) -> int:
+            looked_at.append(self.name)
+            return super().spent(now)
+
+    names = [f"key {number}" for number in range(10 * LOOKED_AT)]
+    windows: OrderedDict[str, TokenWindow] = OrderedDict((name, Watched(name)) for name in names)
+    for name in names[::2]:
+        windows[name].reserve(1)
+    for _ in range(10):
+        forget_idle(windows, 0.0)
+    assert looked_at == names
+    assert list(windows) == names[::2]
+
+
+def test_holders_that_have_not_used_a_rate_limit_for_a_minute_are_forgotten() -> None:
+    rate, holders = RateLimit(3), 1_000
+    for number in range(holders):
+        rate.take(f"key {number}", now=0.0)
+    assert rate.holders == holders
+    for number in range(holders):
+        rate.take(f"another {number % 10}", now=100.0 * (1 + number))
+    assert rate.holders <= LOOKED_AT

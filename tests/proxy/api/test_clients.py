@@ -344,6 +344,6 @@ async def run(command: list[str], environment: dict[str, str]) -> str:
     finally:
         if process.returncode is None:
             process.kill()
-            await process.wait()
+            await process.communicate()
     assert process.returncode == 0, errors.decode()[-3000:]
     return out.decode()

@@ -24,7 +24,7 @@ from tests.fakes import ASSISTANT, MODEL, FakeVLLM, RawUpstream
 from tests.proxy.conftest import SMALL, Proxy
 
 PROMPT = f"hi{ASSISTANT}"
-IMAGE = [{"role": "user", "content": [{"type": "input_image", "image_url": "data:,"}]}]
+FILE = [{"role": "user", "content": [{"type": "input_image", "file_id": "file-1"}]}]
 
 
 async def post(proxy: Proxy, path: str, body: dict[str, Any], **headers: str) -> tuple[int, Any, Any]:
@@ -197,11 +197,16 @@ async def test_a_response_cut_by_max_output_tokens_is_incomplete(proxy: Proxy) -
         ({"previous_response_id": "resp_1"}, "previous_response_id", "previous_response_id"),
         ({"background": True}, "background", "background"),
         ({"include": ["message.output_text.logprobs"]}, "include", "include"),
-        ({"text": {"format": {"type": "json_object"}}}, "structured_output", "text"),
+        ({"text": {"format": {"type": "grammar"}}}, "structured_output", "text"),
+        ({"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "mcp"}}, "tools", "tool_choice"),
+        ({"tools": [{"type": "function", "name": "f"}], "truncation": "auto"}, "truncation", "truncation"),
+        ({"tool_choice": "required"}, "tools", "tool_choice"),
         ({"reasoning": {"effort": "weird"}}, "reasoning", "reasoning"),
         ({"truncation": "middle"}, "truncation", "truncation"),
-        ({"input": IMAGE}, "multimodal", "input"),
-        ({"input": [{"type": "function_call_output", "call_id": "1", "output": "2"}]}, "tools", "input"),
+        ({"input": FILE}, "multimodal", "input"),
+        ({"input": [{"type": "function_call_output", "call_id": "1", "output": FILE}]}, "tools", "input"),
+        ({"input": [{"type": "function_call", "call_id": "1", "name": "f"}]}, "tools", "input"),
+        ({"input": [{"type": "web_search_call", "id": "1"}]}, "tools", "input"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input", "input"),
         ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]}, "input", "input"),
         ({"input": [{"role": "assistant", "content": "So", "status": "incomplete"}]}, "input", "input"),
@@ -349,7 +354,8 @@ async def test_a_disconnect_cancels_the_upstream_calls_of_completions_and_respon
     request = asyncio.create_task(post(proxy, path, {**body, "tts": {"beta": 1, "answer": "boxed"}}))
     await proxy.backend.hanging.wait()
     request.cancel()
-    await asyncio.wait_for(proxy.backend.idle.wait(), 1)
+    async with asyncio.timeout(1):
+        await proxy.backend.idle.wait()
 
 
 def test_a_ping_interval_over_15_seconds_is_refused() -> None:

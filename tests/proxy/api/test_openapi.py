@@ -123,6 +123,9 @@ TTS = st.fixed_dictionaries(
         "answer": st.sampled_from(["boxed", "regex:(", "regex:a", "json", "text", "code:lines"]) | st.text(),
         "required": st.booleans() | JSON,
         "target_tokens": st.integers(),
+        "min_agreement": st.sampled_from([0, 0.5, 1, -1, "0.5", 1e300]) | JSON,
+        "otherwise": st.sampled_from(["answer", "flag", "escalate", "retry"]) | JSON,
+        "escalate_beta": st.sampled_from([0, 0.5, 1, 2]) | JSON,
         "progress": JSON,
     },
 )

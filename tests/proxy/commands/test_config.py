@@ -27,12 +27,12 @@ def toml(folder: Path, text: str) -> Path:
 
 
 def test_flags_win_over_variables_over_the_file_over_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = toml(tmp_path, "interval = 1\nport = 1\nprobe_tokens = 1\nfinalise_tokens = 99")
+    file = toml(tmp_path, "interval = 1\nport = 1\nprobe_tokens = 1")
     monkeypatch.setenv("AUTOTTS_INTERVAL", "2")
     monkeypatch.setenv("AUTOTTS_PORT", "2")
     settings, sources = configure(file, {"interval": 3, "beta": None})
     assert (settings.interval, settings.port, settings.probe_tokens, settings.host) == (3, 2, 1, "127.0.0.1")
-    assert [sources[name] for name in ("interval", "port", "probe_tokens", "host", "controller")] == [
+    assert [sources[name] for name in ("interval", "port", "probe_tokens", "host", "finalise_tokens")] == [
         "flag",
         "environment",
         f"file {file}",
@@ -64,7 +64,7 @@ def test_the_config_file_is_found_by_name_variable_or_flag_and_ignored_by_load(
     ("text", "expected_text"),
     [
         ("intervall = 3", "there is no setting 'intervall'; did you mean interval?"),
-        ("[store]\npath = 'x'", "store: Input is not a valid path"),
+        ("[store]\npath = 'x'", "store: a store is named by a path or postgresql://"),
         ("interval = 0", "interval: Input should be greater than or equal to 1, not 0"),
         ("interval = x", "Invalid value (at line 1, column 12)"),
     ],

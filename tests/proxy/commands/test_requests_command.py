@@ -54,10 +54,16 @@ async def test_requests_that_only_record_branches_are_listed_with_all(backend: F
         for controller in ("everything@1", "everything", "asc@2"):
             body = {
                 "messages": [{"role": "user", "content": "hi"}],
-                "tts": {"beta": 0, "answer": "boxed", "controller": controller},
+                "tts": {
+                    "beta": 0,
+                    "answer": "boxed",
+                    "controller": controller,
+                    "signals": controller == "everything",
+                },
             }
             assert (await call(proxy, "POST", "/v1/chat/completions", ADMIN, body))[0] == 200
     assert [row["controller"] for row in listed(path)] == ["asc@2"]
+    assert [row["signals"] for row in listed(path, "--all")] == [[], ["intervals", "probes"], []]
     assert [row["controller"] for row in listed(path, "--all")] == ["asc@2", "everything", "everything@1"]
 
 

@@ -10,7 +10,7 @@ from tests.proxy.conftest import INTERVAL, SERVED, Proxy
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("answer", [None, "boxed", "code"])
+@pytest.mark.parametrize("answer", [None, "boxed", "json"])
 @pytest.mark.parametrize("controller", SERVED)
 @pytest.mark.parametrize("limit", [1, 16, INTERVAL])
 async def test_a_limit_too_short_for_an_answer_costs_one_branch(

@@ -111,9 +111,8 @@ async def test_two_branches_are_opened_without_a_votability_check(proxy: Proxy) 
     assert reply["tts"]["branches"] == proxy.backend.opened == 2
 
 
-@pytest.mark.parametrize("kind", ["text", "code"])
-async def test_answer_kinds_without_comparison_run_one_branch(proxy: Proxy, kind: str) -> None:
-    _, headers, reply = await proxy.ask("1", tts={"controller": "self_consistency", "answer": kind})
+async def test_texts_without_comparison_run_one_branch(proxy: Proxy) -> None:
+    _, headers, reply = await proxy.ask("1", tts={"controller": "self_consistency", "answer": "text"})
     assert headers["x-tts-stop"] == "not_votable"
     assert reply["tts"]["branches"] == 1
     assert reply["tts"]["tokens"]["probe"] == 0
@@ -231,6 +230,10 @@ async def test_short_calls_stream_in_small_chunks_and_long_ones_in_large_chunks(
     assert proxy.backend.requests[0]["stream_interval"] == STREAM_INTERVAL
 
 
+STEPS_UNTIL_ABORTED = 8
+"""Steps that vLLM may take on a busy machine until it notices that a request was cut."""
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize("controller", ["cmc", "self_consistency"])
 async def test_unbilled_tokens_on_vllm_are_within_the_unseen_metric(vllm: str, controller: str) -> None:
@@ -254,4 +257,5 @@ async def test_unbilled_tokens_on_vllm_are_within_the_unseen_metric(vllm: str, c
                 pass
         generated = await metric(vllm, "vllm:generation_tokens_total") - before
         billed = reply["usage"]["completion_tokens"]
-        assert billed <= generated <= billed + await metric(url, "autotts_unseen_tokens_total")
+        late = reply["tts"]["branches"] * STEPS_UNTIL_ABORTED
+        assert billed <= generated <= billed + await metric(url, "autotts_unseen_tokens_total") + late

@@ -30,7 +30,7 @@ HEADERS = (
     "x-tts-tokens",
     "x-tts-stop",
 )
-KINDS = {"total", "winner", "agreeing", "losing", "pruned", "probe", "finalise", "aborted"}
+KINDS = {"total", "winner", "agreeing", "losing", "pruned", "probe", "finalise", "judge", "aborted"}
 
 
 @pytest.mark.parametrize("controller", SERVED)
@@ -130,7 +130,8 @@ async def test_a_disconnected_client_aborts_all_upstream_requests(proxy: Proxy, 
     request = asyncio.create_task(_post(proxy, body))
     await proxy.backend.hanging.wait()
     request.cancel()
-    await asyncio.wait_for(proxy.backend.idle.wait(), 1)
+    async with asyncio.timeout(1):
+        await proxy.backend.idle.wait()
     assert proxy.backend.running == 0
     await _until_metric(proxy, "autotts_requests_total", outcome="disconnected")
     assert await proxy.metric("autotts_tokens_total", kind="aborted") == 8  # one seen of each of the eight branches
@@ -239,9 +240,10 @@ async def test_a_deadline_holds_while_the_upstream_hangs_and_no_branch_has_finis
     assert proxy.backend.running == 0
 
 
+@pytest.mark.slow
 async def test_an_upstream_failure_after_the_deadline_still_returns_an_answer(proxy: Proxy) -> None:
     proxy.backend.fault, proxy.backend.fault_after = "hang", 3
-    tts = {"deadline_s": 0.5, "controller": "parallel_probe", "answer": "boxed"}
+    tts = {"deadline_s": 1.5, "controller": "parallel_probe", "answer": "boxed"}
     asking = asyncio.create_task(reply_soon(proxy, stream=False, tts=tts))
     await proxy.backend.hanging.wait()
     proxy.backend.fault = "garbage"
@@ -268,7 +270,8 @@ async def test_a_deadline_during_the_final_answer_returns_the_voted_answer(
 async def test_a_deadline_before_the_first_token_is_504(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "COMPOSE_S", 0.1)
     proxy.backend.gate.clear()
-    status, headers, reply = await asyncio.wait_for(proxy.ask("0.5", tts={"deadline_s": 0.2}), SOON_S)
+    async with asyncio.timeout(SOON_S):
+        status, headers, reply = await proxy.ask("0.5", tts={"deadline_s": 0.2})
     assert (status, reply["error"]["param"]) == (504, "tts.deadline_s")
     assert reply["error"]["message"] == "the deadline passed before the first token; retry, or raise tts.deadline_s"
     assert "x-should-retry" not in headers
@@ -290,7 +293,8 @@ async def test_planning_counts_towards_the_deadline(tmp_path: Path, store: str |
         async with running(settings) as url:
             proxy = Proxy(backend, url, http, None)  # type: ignore[arg-type]
             asking = proxy.ask("0.5", tts={"deadline_s": 0.3}, stream=stream)
-            status, _, reply = await asyncio.wait_for(asking, SOON_S)
+            async with asyncio.timeout(SOON_S):
+                status, _, reply = await asking
     assert (status, reply["error"]["param"]) == (504, "tts.deadline_s")
     assert backend.requests == []
 
@@ -304,7 +308,8 @@ async def test_waiting_for_a_request_slot_counts_towards_the_deadline(backend: F
         proxy = Proxy(backend, url, http, None)  # type: ignore[arg-type]
         first = asyncio.create_task(proxy.ask("0.5"))
         await backend.hanging.wait()
-        status, _, reply = await asyncio.wait_for(proxy.ask("0.5", tts={"deadline_s": 0.2}), SOON_S)
+        async with asyncio.timeout(SOON_S):
+            status, _, reply = await proxy.ask("0.5", tts={"deadline_s": 0.2})
         assert (status, reply["error"]["param"]) == (504, "tts.deadline_s")
         assert len(backend.requests) == 1
         first.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
@@ -130,7 +131,7 @@ async def test_the_synchronous_openai_client_works_on_vllm(served: VllmProxy) ->
 async def test_every_votable_reply_contains_its_answer(served: VllmProxy) -> None:
     requests = [
         served.ask(beta, problem, tts={"controller": controller})
-        for problem in range(5)
+        for problem in range(2)
         for beta in (0, 0.3)
         for controller in SERVED
     ]
@@ -145,9 +146,9 @@ async def test_a_fixed_seed_gives_equal_replies_alone_and_under_load(served: Vll
         reply = await served.ask(0.25, problem, seed=7, tts={"controller": "self_consistency"})
         return reply.choices[0].message.content, reply.usage.completion_tokens
 
-    alone = [await ask(i) for i in range(8)]
-    again = [await ask(i) for i in range(8)]
-    together = await asyncio.gather(*(ask(i) for i in range(8)))
+    alone = [await ask(i) for i in range(3)]
+    again = [await ask(i) for i in range(3)]
+    together = await asyncio.gather(*(ask(i) for i in range(3)))
     assert again == alone
     assert together == alone
 
@@ -163,16 +164,61 @@ async def test_a_request_without_beta_gets_vllms_own_reply(served: VllmProxy) ->
     assert raw.parse().choices[0].message.content == own.choices[0].message.content
 
 
+THREE: dict[str, Any] = {"tts": {"beta": 0.5, "controller": "self_consistency@3"}}
+CITY: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 8}},
+    "required": ["city"],
+}
+
+
 @pytest.mark.parametrize("choice", ["auto", "required", "none"])
-async def test_requests_with_tools_pass_through(served: VllmProxy, choice: Any) -> None:
-    city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-    tool: Any = {"type": "function", "function": {"name": "get_weather", "description": "w", "parameters": city}}
+async def test_requests_with_tools_are_served_by_whole_replies(served: VllmProxy, choice: Any) -> None:
+    tool: Any = {"type": "function", "function": {"name": "get_weather", "description": "w", "parameters": CITY}}
+    before = await served.counter("vllm:generation_tokens_total")
     raw = await served.openai.chat.completions.with_raw_response.create(
-        model=MODEL, messages=messages(), tools=[tool], tool_choice=choice, max_tokens=50, extra_headers=HALF
+        model=MODEL, messages=messages(), tools=[tool], tool_choice=choice, max_tokens=50, extra_body=THREE
     )
-    assert raw.headers["x-tts-applied"] == "false"
-    assert raw.headers["x-tts-reason"] in ("tools", "tool_choice")
-    assert raw.parse().choices[0].finish_reason in ("stop", "length", "tool_calls")
+    after = await served.counter("vllm:generation_tokens_total")
+    assert (raw.headers["x-tts-applied"], raw.headers["x-tts-branches"]) == ("true", "3")
+    reply = raw.parse()
+    assert reply.choices[0].finish_reason in ("stop", "length", "tool_calls")
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens == after - before
+    assert reply.usage.prompt_tokens > 0
+
+
+async def test_structured_output_is_served_by_whole_replies(served: VllmProxy) -> None:
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+    before = await served.counter("vllm:generation_tokens_total")
+    reply = await served.openai.chat.completions.create(
+        model=MODEL,
+        messages=messages(),
+        response_format=wanted,
+        max_tokens=60,
+        extra_body=THREE,
+    )
+    after = await served.counter("vllm:generation_tokens_total")
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens == after - before
+    if reply.choices[0].finish_reason == "stop":
+        assert "city" in json.loads(reply.choices[0].message.content or "")
+        assert set(reply.tts["fields"]) >= {"/city"}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("answer", ["select", "synthesise"])
+async def test_replies_are_compared_by_a_call_that_is_billed(served: VllmProxy, answer: str) -> None:
+    tts = {**THREE["tts"], "answer": answer}
+    before = await served.counter("vllm:generation_tokens_total")
+    reply = await served.openai.chat.completions.create(
+        model=MODEL, messages=messages(), max_tokens=40, temperature=1.5, extra_body={"tts": tts}
+    )
+    after = await served.counter("vllm:generation_tokens_total")
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens == after - before
+    shown: Any = reply.tts  # type: ignore[attr-defined]
+    assert shown.get("judge", "none") in ("chosen", "unreadable", "no_room", "none")
+    assert shown["tokens"]["total"] == sum(tokens for kind, tokens in shown["tokens"].items() if kind != "total")
 
 
 async def test_messages_with_a_system_prompt_and_parts(served: VllmProxy) -> None:

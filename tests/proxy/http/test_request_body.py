@@ -17,6 +17,7 @@ import pytest
 import pytest_asyncio
 import zstandard
 from starlette.requests import Request
+from starlette.types import Message
 
 from proxy.admission.auth import Caller
 from proxy.errors import TooMany
@@ -162,12 +163,13 @@ class Sending:
         self.held = ExitStack()
         self.state = SimpleNamespace(caller=Caller(key, False, key), leases=self.held)
         self.go = asyncio.Event()
-        self._size = size
+        self._pieces = [b" " * size, b" "]
 
-    async def stream(self) -> AsyncIterator[bytes]:
-        yield b" " * self._size
-        await self.go.wait()
-        yield b" "
+    async def receive(self) -> Message:
+        piece = self._pieces.pop(0)
+        if not self._pieces:
+            await self.go.wait()
+        return {"type": "http.request", "body": piece, "more_body": bool(self._pieces)}
 
 
 async def test_large_bodies_share_a_memory_limit_and_small_ones_are_exempt() -> None:

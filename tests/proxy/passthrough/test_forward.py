@@ -13,27 +13,20 @@ from proxy.settings import load
 from tests.fakes import MODEL, FakeVLLM
 from tests.proxy.conftest import SMALL, Proxy
 
-IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
-
 
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_choice": "required"}, "tools"),
         ({"n": 2}, "n"),
-        ({"logprobs": True}, "logprobs"),
-        ({"response_format": {"type": "json_object"}}, "structured_output"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"guided_regex": "a+"}, "structured_output"),
         ({"functions": [{"name": "f"}]}, "tools"),
         ({"reasoning_effort": "weird"}, "reasoning_effort"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"messages": IMAGE}, "multimodal"),
-        ({"messages": [{"role": "tool", "content": "4"}]}, "tools"),
-        ({"messages": [{"role": "function", "name": "f", "content": "4"}]}, "tools"),
-        ({"messages": [{"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}]}, "tools"),
+        ({"modalities": ["text", "audio"]}, "multimodal"),
         ({"messages": []}, "messages"),
         ({"n": True}, "n"),
-        ({"logprobs": 0}, "logprobs"),
+        ({"echo": True}, "echo"),
     ],
 )
 async def test_a_request_no_controller_serves_is_forwarded_with_the_reason(

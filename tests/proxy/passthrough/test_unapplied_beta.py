@@ -17,13 +17,13 @@ from tests.fakes import MODEL, FakeVLLM, RawUpstream
 from tests.proxy.conftest import SMALL, Proxy
 
 NAME = "autotts_beta_not_applied_total"
-JSON_FORMAT: dict[str, Any] = {"response_format": {"type": "json_object"}}
+GUIDED: dict[str, Any] = {"guided_regex": "a+"}
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
 async def test_an_unapplied_beta_is_counted_by_reason_and_source(proxy: Proxy) -> None:
-    await proxy.ask("0.5", **JSON_FORMAT)
-    await proxy.ask(None, **JSON_FORMAT, model=f"{MODEL}@0.5")
+    await proxy.ask("0.5", **GUIDED)
+    await proxy.ask(None, **GUIDED, model=f"{MODEL}@0.5")
     await proxy.ask("0.5", n=2)
     by = {"model": MODEL, "reason": "structured_output"}
     assert await proxy.metric(NAME, **by, source="header") == 1
@@ -39,7 +39,7 @@ async def test_the_first_unapplied_beta_for_each_reason_is_logged(
 ) -> None:
     with caplog.at_level(logging.WARNING, "proxy.passthrough.unapplied_beta"):
         for _ in range(3):
-            await proxy.ask("0.5", **JSON_FORMAT)
+            await proxy.ask("0.5", **GUIDED)
         await proxy.ask("0.25", n=2)
         await proxy.ask(None, n=2)
     lines = [record.getMessage() for record in caplog.records if record.name == "proxy.passthrough.unapplied_beta"]
@@ -54,7 +54,7 @@ async def test_the_access_log_has_the_reason_of_an_unapplied_beta(
     proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "proxy.access"):
-        await proxy.ask("0.5", **JSON_FORMAT)
+        await proxy.ask("0.5", **GUIDED)
     facts: Any = [record.facts for record in caplog.records if hasattr(record, "facts")][-1]
     assert (facts["applied"], facts["reason"]) == ("false", "structured_output")
 
@@ -66,15 +66,15 @@ async def test_with_required_set_a_request_whose_beta_cannot_be_applied_gets_400
     ):
         proxy = Proxy(backend, url, http, None)  # type: ignore[arg-type]
         for beta in ("0.5", None):
-            status, _, reply = await proxy.ask(beta, **JSON_FORMAT)
+            status, _, reply = await proxy.ask(beta, **GUIDED)
             error = reply["error"]
-            assert (status, error["code"], error["param"]) == (400, "tts_not_applicable", "response_format")
+            assert (status, error["code"], error["param"]) == (400, "tts_not_applicable", "guided_regex")
             assert error["message"] == (
                 "a controller cannot serve this request (structured_output) and the server's AUTOTTS_REQUIRED is set; "
-                "leave out response_format, or set tts.required to false"
+                "leave out guided_regex, or set tts.required to false"
             )
         assert not backend.requests
-        status, headers, _ = await proxy.ask("0.5", **JSON_FORMAT, tts={"required": False})
+        status, headers, _ = await proxy.ask("0.5", **GUIDED, tts={"required": False})
         assert (status, headers["x-tts-reason"]) == (200, "structured_output")
         status, headers, _ = await proxy.ask(None, temperature=0)  # greedy, so the default β is not applied
         assert (status, headers["x-tts-reason"]) == (200, "temperature")
@@ -85,23 +85,23 @@ async def test_with_required_set_a_request_whose_beta_cannot_be_applied_gets_400
 async def test_with_required_set_a_request_without_beta_is_forwarded(backend: FakeVLLM) -> None:
     async with running(load(upstream=backend.url, required=True, **SMALL)) as url, aiohttp.ClientSession() as http:
         proxy = Proxy(backend, url, http, None)  # type: ignore[arg-type]
-        status, headers, _ = await proxy.ask(None, **JSON_FORMAT)
+        status, headers, _ = await proxy.ask(None, **GUIDED)
         assert (status, headers["x-tts-reason"]) == (200, "no_beta")
 
 
 async def test_a_reply_to_a_request_with_tts_reports_the_unapplied_beta(proxy: Proxy) -> None:
-    _, _, reply = await proxy.ask(None, **JSON_FORMAT, tts={"beta": 0.5})
+    _, _, reply = await proxy.ask(None, **GUIDED, tts={"beta": 0.5})
     assert reply["tts"] == {
         "applied": False,
         "reason": "structured_output",
-        "field": "response_format",
+        "field": "guided_regex",
         "beta_asked": 0.5,
         "beta_source": "body",
     }
     assert reply["id"] == "upstream"
     _, _, reply = await proxy.ask(None, tts={"controller": "asc"})
     assert (reply["tts"]["reason"], reply["tts"]["field"], reply["tts"]["beta_asked"]) == ("no_beta", None, None)
-    _, _, reply = await proxy.ask("0.5", **JSON_FORMAT)
+    _, _, reply = await proxy.ask("0.5", **GUIDED)
     assert "tts" not in reply
 
 
@@ -133,7 +133,8 @@ async def test_the_inserted_tts_member_leaves_all_other_bytes_unchanged(
         running(load(upstream=upstream.url, **SMALL)) as url,
         aiohttp.ClientSession() as http,
     ):
-        body = {"model": MODEL, "messages": MESSAGES, "input": "hi", "tools": [{"type": "x"}], "tts": {"beta": 0.5}}
+        body = {"model": MODEL, "messages": MESSAGES, "input": "hi", "tts": {"beta": 0.5}}
+        body |= {"tools": [{"type": "x"}], "functions": [{"name": "x"}]}
         async with http.post(f"{url}/v1/{path}", json=body) as response:
             raw = await response.read()
         member = raw[raw.find(b'"tts"') : raw.find(b"}", raw.find(b'"tts"')) + 1] or b"TTS"

@@ -43,7 +43,7 @@ class Silent(FakeVLLM):
     async def _metrics(self, request: web.Request) -> web.Response:
         return web.Response(text="") if self.hides_metrics else await super()._metrics(request)
 
-    async def _chat(self, request: web.Request) -> web.Response:
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
         self.asked.set()
         await self.held.wait()
         return await super()._chat(request)

@@ -27,6 +27,7 @@ from discovery.data.recordings import Cell, Origin, Split, default_split, live_s
 from discovery.store import ServedEpisode, Store
 from proxy.admission import api_keys
 from proxy.errors import RecordsAway
+from proxy.recording import episode_log, store_writer
 from proxy.recording.branch_completion import BENCHMARK, is_sampled
 from proxy.server import running
 from proxy.settings import load
@@ -256,6 +257,37 @@ async def test_feedback_keeps_its_order_when_the_clock_is_set_back(
     assert len({feedback.created for feedback in kept}) == 4
 
 
+async def test_a_request_that_another_process_is_writing_is_waited_for(
+    backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both proxies share a store. The second is asked before the first has written what it served."""
+    path = tmp_path / "s.db"
+    async with serving(backend, path, workers=2) as first, serving(backend, path, workers=2) as second:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "tts": {"beta": 0.5}}
+        _, served = await call(first, "POST", "/v1/chat/completions", "mine", body)
+        async with Store.open(path) as store:
+            (kept,) = await until(store.episodes)
+            monkeypatch.setattr(episode_log, "ELSEWHERE_S", 30.0)
+            later = replace(kept, id="chatcmpl-later", request_id="chatcmpl-later")
+            looked_up = asyncio.Event()
+            find = store_writer.StoreWriter.find
+
+            async def noticed(self: store_writer.StoreWriter, request: str) -> ServedEpisode | None:
+                looked_up.set()
+                return await find(self, request)
+
+            monkeypatch.setattr(store_writer.StoreWriter, "find", noticed)
+            feedback = {"request_id": "chatcmpl-later", "correct": True}
+            rating = asyncio.create_task(call(second, "POST", "/v1/tts/feedback", "mine", feedback))
+            await looked_up.wait()
+            await store.add_all([later])
+            assert (await rating)[0] in (200, 202)
+            assert (await call(second, "GET", f"/v1/tts/requests/{served['id']}", "mine"))[0] == 200
+        monkeypatch.setattr(episode_log, "ELSEWHERE_S", 0.2)
+        for name, key in (("chatcmpl-never", "mine"), ("chatcmpl-later", "other")):
+            assert (await call(second, "GET", f"/v1/tts/requests/{name}", key))[0] == 404
+
+
 async def test_without_the_store_foreign_and_unknown_requests_get_the_same_503(
     backend: FakeVLLM, tmp_path: Path
 ) -> None:
@@ -273,10 +305,10 @@ async def test_without_the_store_foreign_and_unknown_requests_get_the_same_503(
 async def test_feedback_on_a_champion_reaches_the_controller_manager_once_per_request(
     backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    observed: list[tuple[RolloutStage, bool]] = []
+    observed: list[tuple[RolloutStage, str, bool]] = []
     monkeypatch.setattr(
         "proxy.rollout.controller_manager.ControllerManager.record_feedback",
-        lambda _, stage, digest, content: observed.append((stage, content)),
+        lambda _, stage, digest, model, content: observed.append((stage, model, content)),
     )
     async with serving(backend, tmp_path / "s.db") as proxy:
         _, _, body = await proxy.ask("0.5", tts={"answer": "boxed"})
@@ -292,7 +324,7 @@ async def test_feedback_on_a_champion_reaches_the_controller_manager_once_per_re
             await call(proxy, "POST", "/v1/tts/feedback", body={"id": another["id"], "answer": "7"})
         for score in (0.2, 0.9):
             await call(proxy, "POST", "/v1/tts/feedback", body={"id": another["id"], "score": score})
-    assert observed == [(RolloutStage.CHAMPION, content) for content in (True, False, False)]
+    assert observed == [(RolloutStage.CHAMPION, MODEL, content) for content in (True, False, False)]
 
 
 async def _away(*_: Any) -> None:
@@ -547,7 +579,7 @@ def test_live_questions_are_never_put_in_the_held_out_split() -> None:
 async def test_a_live_request_for_a_held_out_question_is_recorded_as_held_out(
     backend: FakeVLLM, tmp_path: Path
 ) -> None:
-    from tests.discovery.store.test_sqlite import some
+    from tests.discovery.store.test_replay_store import some
 
     path = tmp_path / "s.db"
     async with Store.open(path, create=True) as store:

@@ -12,26 +12,32 @@ import pytest
 from openai import AsyncOpenAI
 
 from deploy.embedded.task import held_back
+from discovery.audit.parity import ServedRecords, load_records
 from discovery.data.recordings import question_id
 from discovery.store import Store
 from proxy.recording.branch_completion import is_sampled
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
+from tests.discovery.evaluation.test_replay_signals import WATCHER
 from tests.proxy.recording.test_episode_log import until
+from tests.proxy.recording.test_parity import check_facts
 from tests.proxy.test_loop import autotts
 
 pytestmark = pytest.mark.vllm
 
 MODEL = "autotts-tiny"
-REQUESTS = int(os.environ.get("SOAK_REQUESTS", "80"))
+REQUESTS = int(os.environ.get("SOAK_REQUESTS", "48"))
 SHARE = 0.2
 BRANCHES = 16
 BETA = 0.1
-AT_ONCE = 4
+AT_ONCE = 8
 CONTROLLER = "cmc"
+WATCHED = 9
+"""Branches of a question whose controller reads signals: as many as it may open."""
+WATCHED_REQUESTS = 6
 
 
-async def served(url: str) -> dict[str, bool]:
+async def served(url: str, requests: int = REQUESTS) -> dict[str, bool]:
     """Send the requests and return by id whether each was answered correctly."""
     right: dict[str, bool] = {}
     free = asyncio.Semaphore(AT_ONCE)
@@ -46,8 +52,35 @@ async def served(url: str) -> dict[str, bool]:
                 )
             right[reply.id] = reply.tts["answer"] == answer
 
-        await asyncio.gather(*(ask(problem.question, problem.answer) for problem in held_back(REQUESTS)))
+        await asyncio.gather(*(ask(problem.question, problem.answer) for problem in held_back(requests)))
     return right
+
+
+@pytest.mark.timeout(900)
+async def test_a_controller_that_reads_signals_sees_the_same_facts_live_and_in_replay(
+    vllm: str, tmp_path: Path
+) -> None:
+    path, file = tmp_path / "s.db", tmp_path / "watcher.py"
+    file.write_text(WATCHER)
+    given = {
+        "store": path,
+        "record_fraction": 1.0,
+        "record_branches": WATCHED,
+        "record_at_once": WATCHED,
+        "decision_s": 5,
+    }
+    settings = load(upstream=vllm, max_branches=WATCHED, **given, **{**EMBEDDED, "controller": str(file)})
+    kept: list[ServedRecords] = []
+
+    async def finished() -> bool:
+        async with Store.open(path) as opened:
+            kept[:] = [await load_records(opened)]
+        return len(kept[0].recordings) == WATCHED_REQUESTS
+
+    async with running(settings) as url:
+        assert len(await served(url, WATCHED_REQUESTS)) == WATCHED_REQUESTS
+        await until(finished, seconds=600)
+    await check_facts(kept[0], BETA, settings.interval)
 
 
 @pytest.mark.timeout(1500)
@@ -67,8 +100,7 @@ async def test_replayed_recordings_reproduce_the_tokens_and_accuracy_of_live_tra
                 return {recording.request for recording in recorded} == wanted
 
         await until(finished, seconds=600)
-    mean = REQUESTS * SHARE
-    assert mean / 4 <= len(wanted) <= 2 * mean  # by chance outside in fewer than 1 of 1,000 runs
+    assert 1 <= len(wanted) <= 2.5 * REQUESTS * SHARE  # by chance outside in fewer than 1 of 10,000 runs
     async with Store.open(path) as opened:
         episodes = await opened.episodes()
         assert {episode.request_id for episode in episodes} == set(right)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from controllers import (
     TO_END,
+    Action,
     Controller,
     Environment,
     Limits,
@@ -21,6 +22,7 @@ from controllers import (
     Round,
     State,
     advance,
+    answer,
     branch,
     probe,
     prune,
@@ -28,7 +30,8 @@ from controllers import (
     run_sync,
 )
 from controllers.builtin import BUILT_IN, create
-from discovery.data.recordings import RecordedBranch, RecordedQuestion, intern_answers
+from controllers.signals import ALL_SIGNALS, answer_confidence
+from discovery.data.recordings import RecordedBranch, RecordedQuestion, check_signals, intern_answers
 from discovery.errors import BranchCensored
 from discovery.evaluation.replay import ReplayEnvironment
 from proxy.errors import SettingsError
@@ -36,7 +39,7 @@ from proxy.probe_templates import TEMPLATES, Family
 from proxy.recording import recorded_branches
 from proxy.server import running
 from proxy.settings import load
-from tests.fakes import Chain, FakeVLLM, Scripted, ScriptedEnvironment, chain
+from tests.fakes import Chain, FakeVLLM, Scripted, ScriptedEnvironment, chain, log_probability
 from tests.proxy.conftest import INTERVAL, SMALL
 
 TEMPLATE = TEMPLATES[Family.QWEN3]
@@ -54,6 +57,19 @@ def play(
 
 def scripted(chains: Sequence[Chain], interval: int = INTERVAL) -> ScriptedEnvironment:
     return ScriptedEnvironment(chains, interval, probe_cost=lambda text: 1 + len(text) % 7)
+
+
+class EveryInterval:
+    """Controller that stops all chains after each interval and probes them. It defines what a recording holds."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
+    def decide(self, state: State) -> list[Action]:
+        moves = [move for i in state.active for move in (advance(i), probe(i))]
+        for i in range(state.width, self.samples):
+            moves += (branch(), probe(i))
+        return moves or [answer(state.leader())]
 
 
 def replayed(branches: Sequence[RecordedBranch], interval: int = INTERVAL) -> ReplayEnvironment:
@@ -88,7 +104,7 @@ def test_replaying_recorded_branches_reproduces_the_episode(
     chains: list[Chain], interval: int, name: str, beta: float
 ) -> None:
     environment = scripted(chains, interval)
-    _, rounds = play(create(f"everything@{len(chains)}", 1), environment, interval)
+    _, rounds = play(EveryInterval(len(chains)), environment, interval)
     branches = recorded_branches.branches(environment, rounds)
     assert all(recorded.complete for recorded in branches)
     assert [recorded.tokens for recorded in branches] == [script.tokens for script in chains]
@@ -236,7 +252,7 @@ async def test_branches_recorded_live_equal_the_chains_of_the_upstream(admin: Ad
         return len(TEMPLATE.suffix("", text)) + (answered if script.probe_answer(len(text), INTERVAL) else unanswered)
 
     environment = ScriptedEnvironment(CHAINS, INTERVAL, cost)
-    _, rounds = play(create("everything@5", 1), environment)
+    _, rounds = play(EveryInterval(5), environment)
     assert [RecordedBranch(**fields) for fields in recording["branches"]] == recorded_branches.branches(
         environment, rounds
     )
@@ -246,6 +262,43 @@ async def test_branches_recorded_live_equal_the_chains_of_the_upstream(admin: Ad
     assert isinstance(recording["chat_template"], str)
     tokens = reply["tts"]["tokens"]
     assert tokens["total"] == sum(fields["tokens"] + sum(fields["probe_tokens"]) for fields in recording["branches"])
+
+
+async def test_a_recording_with_signals_has_those_of_every_interval_and_probe(admin: Admin) -> None:
+    admin.backend.chains = CHAINS
+    _, reply = await admin.ask("everything@5", tts={"signals": True}, max_tokens=1000)
+    environment = ScriptedEnvironment(CHAINS, INTERVAL, signals=ALL_SIGNALS)
+    _, plain = await admin.ask("everything@5", max_tokens=1000)
+    for index, fields in enumerate(reply["tts"]["recording"]["branches"]):
+        recorded, script = RecordedBranch(**fields), CHAINS[index]
+        check_signals(recorded)
+        signals = list(zip(recorded.confidences, recorded.lowests, strict=True))
+        assert signals == environment.interval_signals(index, script.tokens)
+        for at, (label, confidence) in enumerate(zip(recorded.probes, recorded.probe_confidences, strict=True), 1):
+            text = script.text[: at * INTERVAL]
+            start = len(text + TEMPLATE.suffix("", text))
+            digits = [log_probability(ord(char), start + i) for i, char in enumerate(label or "")]
+            assert confidence == answer_confidence(digits)
+        without = recorded._replace(confidences=(), lowests=(), probe_confidences=())
+        assert without == RecordedBranch(**plain["tts"]["recording"]["branches"][index])
+    assert reply["usage"] == plain["usage"]
+    assert not {"confidences", "lowests", "probe_confidences"} & plain["tts"]["recording"]["branches"][0].keys()
+
+
+@pytest.mark.parametrize("fault", ["no_logprobs", "unsure"])
+async def test_a_recording_from_a_server_without_log_probabilities_has_no_signals(admin: Admin, fault: str) -> None:
+    admin.backend.chains, admin.backend.fault = CHAINS, fault
+    status, reply = await admin.ask("everything@5", tts={"signals": True}, max_tokens=1000)
+    assert status == 200
+    assert [RecordedBranch(**fields).has_signals for fields in reply["tts"]["recording"]["branches"]] == [False] * 5
+
+
+@pytest.mark.parametrize("controller", ["self_consistency", "cmc"])
+async def test_signals_are_recorded_with_all_branches_only(admin: Admin, controller: str) -> None:
+    status, reply = await admin.ask(controller, tts={"signals": True})
+    assert (status, reply["error"]["param"]) == (400, "tts.signals")
+    assert "everything" in reply["error"]["message"]
+    assert admin.backend.requests == []
 
 
 async def test_chains_without_an_answer_are_recorded(admin: Admin) -> None:
@@ -272,29 +325,88 @@ async def test_the_last_event_of_a_stream_has_the_recording(admin: Admin) -> Non
     assert len(json.loads(events[-1])["tts"]["recording"]["branches"]) == 2
 
 
+def _outcome(recorded: dict[str, Any]) -> tuple[int, int, bool]:
+    return recorded["tokens"], len(recorded["probes"]), recorded["complete"]
+
+
 @pytest.mark.parametrize(
-    ("stop", "fault", "tts"),
-    [("deadline", "hang", {"deadline_s": 0.3}), ("upstream_error", "cut", {}), ("max_tokens", "", {})],
+    ("stop", "fault", "tts"), [("deadline", "hang", {"deadline_s": 2.0}), ("upstream_error", "cut", {})]
 )
-async def test_a_recording_cut_short_is_returned_as_censored(
+async def test_branches_without_all_their_probes_are_returned_as_censored(
     admin: Admin, stop: str, fault: str, tts: dict[str, Any]
 ) -> None:
-    admin.backend.chains = [chain("7", 400, ["7"], mark="a")]
-    admin.backend.fault, admin.backend.fault_after, admin.backend.fault_times = fault, 4, 1
-    cap = {} if fault else {"max_total_tokens": 400}
-    status, reply = await admin.ask("everything@1", tts=tts | cap)
+    """The last of three requests with probes fails. Two branches have all their probes then, and the third has one."""
+    admin.backend.chains = [
+        chain("7", length, ["7"], mark=mark) for length, mark in ((400, "a"), (900, "b"), (300, "c"))
+    ]
+    admin.backend.fault, admin.backend.fault_after, admin.backend.fault_times = fault, 3, 1
+    status, reply = await admin.ask("everything@3", tts=tts)
     assert status == 200, reply
-    (recorded,) = reply["tts"]["recording"]["branches"]
     assert reply["tts"]["stop"] == stop
-    assert (recorded["probes"], recorded["final"], recorded["complete"]) == (["7", "7"], None, False)
-    assert (
-        recorded["tokens"] == (2 if fault else 3) * INTERVAL
-    )  # under the cap one more interval, but no probe after it
+    branches = reply["tts"]["recording"]["branches"]
+    assert [_outcome(recorded) for recorded in branches] == [(400, 9, True), (900, 22, True), (300, 1, False)]
+    assert reply["tts"]["tokens"]["total"] >= sum(one["tokens"] + sum(one["probe_tokens"]) for one in branches)
+
+
+async def test_finished_branches_are_recorded_if_the_upstream_failed_later(admin: Admin) -> None:
+    """The cap lets the second branch run for one interval. The request that continues it fails."""
+    admin.backend.chains = [chain("7", length, ["7"], mark=mark) for length, mark in ((100, "a"), (400, "b"))]
+    admin.backend.fault, admin.backend.fault_after, admin.backend.fault_times = "cut", 2, 1
+    status, reply = await admin.ask("everything@2", tts={"max_total_tokens": 700}, max_tokens=400)
+    assert (status, reply["tts"]["stop"]) == (200, "upstream_error"), reply
+    first, second = reply["tts"]["recording"]["branches"]
+    assert _outcome(first) == (100, 2, True)
+    assert _outcome(second)[1:] == (0, False)
+
+
+@pytest.mark.parametrize("cap", [500, 700, 1500])
+async def test_a_recording_does_not_exceed_its_token_cap(admin: Admin, cap: int) -> None:
+    admin.backend.chains = [chain("7", 400, ["7"], mark=mark) for mark in "ab"]
+    status, reply = await admin.ask("everything@2", tts={"max_total_tokens": cap}, max_tokens=400)
+    assert status == 200, reply
+    assert (reply["tts"]["stop"], reply["tts"]["tokens"]["total"] <= cap) == ("max_tokens", True)
+    assert not all(recorded["complete"] for recorded in reply["tts"]["recording"]["branches"])
+
+
+async def test_the_record_of_a_branch_does_not_depend_on_other_branches(admin: Admin) -> None:
+    """Equal answers keep the form in which their own branch gave them first."""
+    chains = [chain("0.5", 130, ["0.5"], mark="a"), chain("1/2", 130, ["1/2"], mark="b")]
+    admin.backend.chains = [*chains, chains[1]]
+    _, both = await admin.ask("everything@2")
+    _, alone = await admin.ask("everything@1")
+    first, second = both["tts"]["recording"]["branches"]
+    assert (first["final"], second["final"], second["probes"]) == ("0.5", "1/2", ["1/2"] * 3)
+    assert [second] == alone["tts"]["recording"]["branches"]
+
+
+@pytest.mark.parametrize("opening", ["<think>", ""])
+async def test_probes_after_the_thought_do_not_close_it_again(admin: Admin, opening: str) -> None:
+    """The suffix depends on the text at that point: the thought is open, closed, or was never opened."""
+    text = f"{opening}{'m' * 90}</think>\n\n{'r' * 100} \\boxed{{7}}" if opening else "m" * 200 + " \\boxed{7}"
+    admin.backend.chains = [Chain(text, ("7",))]
+    _, reply = await admin.ask("everything@1")
+    (recorded,) = reply["tts"]["recording"]["branches"]
+    prompt = admin.backend.requests[-1]["prompt"]
+    prompts = ["".join(map(chr, ids)) for ids in (prompt if isinstance(prompt[0], list) else [prompt])]
+    assert len(prompts) == len(recorded["probes"]) == (len(text) + 1) // INTERVAL
+    for intervals, asked in enumerate(prompts, start=1):
+        known = text[: intervals * INTERVAL]
+        assert asked.endswith(known + TEMPLATE.suffix("", known))
+
+
+async def test_a_branch_takes_few_requests_to_find_its_suffixes(admin: Admin) -> None:
+    admin.backend.chains = [chain("7", 900, ["7"])]
+    await admin.ask("everything@1")
+    before = admin.backend.decoded
+    admin.backend.chains.append(chain("7", 900, ["7"]))
+    await admin.ask("everything@1")
+    assert len(admin.backend.requests[-1]["prompt"]) == 22 - 16
+    assert admin.backend.decoded - before <= 6
 
 
 async def test_a_recording_that_fails_entirely_reports_its_tokens(admin: Admin) -> None:
     admin.backend.chains = [chain("7", 400, [""], mark="a")]
-    admin.backend.fault, admin.backend.fault_after = "cut", 2
+    admin.backend.fault = "cut"
     async with admin.http.post(admin.url, json=_body("everything@1"), headers=ADMIN) as response:
         assert response.status == 502
-        assert int(response.headers["x-tts-tokens"]) > INTERVAL
+        assert response.headers["x-tts-tokens"] == "1"

@@ -33,6 +33,7 @@ async def test_closing_while_the_store_is_being_opened_ends_at_once(
     await begun.wait()
     connection.close()
     go_on.set()
-    await asyncio.wait_for(running, 10)
+    async with asyncio.timeout(10):
+        await running
     assert (problems, changes, connection.store) == ([], [False], None)
     assert connection.tried.is_set()

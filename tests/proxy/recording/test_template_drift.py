@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,9 @@ async def test_a_changed_branch_temperature_or_probe_lead_is_detected_as_drift(
 
 
 async def test_a_renamed_model_is_detected_as_drift(
-    backend: FakeVLLM, path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    backend: FakeVLLM, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("tests.fakes.MODEL", "renamed")
+    backend.models = ["renamed"]
     async with serving(backend, path) as proxy:
         assert await noticed(proxy) == 1
     assert f"renamed differs from its latest recordings (model '{MODEL}' to 'renamed')" in caplog.text
@@ -147,6 +148,23 @@ async def test_drift_is_checked_again_after_upstream_failures(backend: FakeVLLM,
         assert await noticed(proxy) == 1  # long before the next check is due
 
 
+@pytest.mark.parametrize("steps", range(6))
+async def test_a_failure_reported_as_the_check_is_stopped_does_not_keep_it_running(
+    backend: FakeVLLM, steps: int
+) -> None:
+    settings = load(upstream=backend.url, **SMALL)
+    async with upstream_session(settings) as session:
+        drift = TemplateDrift(UpstreamClient(backend.url, session), settings, Metrics())
+        drift.open()
+        while not drift._failed._waiters:  # noqa: ASYNC110  # until the check waits for a failure
+            await asyncio.sleep(0)
+        drift.report_upstream_failure()
+        for _ in range(steps):  # the steps of the event loop between the failure and the stop
+            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            await drift.close()
+
+
 async def _compared(proxy: Proxy) -> bool:
     async with proxy.http.get(f"{proxy.url}/metrics") as response:
         return "autotts_recording_drift{" in await response.text()
@@ -205,3 +223,24 @@ async def test_a_text_completion_with_another_template_ending_is_not_recorded(
         await ended(proxy, "recorded")
         assert await proxy.metric("autotts_recordings_total") == 1
     assert [recording.request for recording in await recordings(tmp_path / "s.db")] == [chat]
+
+
+async def test_checking_stops_even_if_a_check_swallows_a_cancellation(
+    backend: FakeVLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = asyncio.Event()
+
+    async def swallowing(_: TemplateDrift) -> bool:
+        begun.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        return True
+
+    monkeypatch.setattr(TemplateDrift, "_check", swallowing)
+    settings = load(upstream=backend.url)
+    async with upstream_session(settings) as session:
+        drift = TemplateDrift(UpstreamClient(backend.url, session), settings, Metrics())
+        drift.open()
+        await begun.wait()
+        async with asyncio.timeout(5):
+            await drift.close()

@@ -109,6 +109,16 @@ async def test_the_error_names_the_bad_field(
             "tts.betta: there is no such field; did you mean beta? known fields: beta, target_tokens, controller, ",
         ),
         (
+            "/v1/chat/completions",
+            {"messages": [], "tts": {"code": {"input": []}}},
+            "tts.code.input: there is no such field; did you mean inputs? known fields: function, inputs",
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": [], "tts": {"tools": {"excluded": []}}},
+            "tts.tools.excluded: there is no such field; did you mean exclude? known fields: exclude",
+        ),
+        (
             "/v1/completions",
             {"prompt": "x", "tts": {"zzz": 1}},
             "tts.zzz: there is no such field; known fields: ",

@@ -241,7 +241,7 @@ async def test_requests_that_vllm_fails_on_do_not_open_the_breaker(vllm: str) ->
                 async with engine.relay(
                     "POST", "/v1/chat/completions", body, {"content-type": "application/json"}
                 ) as response:
-                    await response.read()
+                    await response.content.read()
                     failures += response.status == 500
         assert failures >= 15
         await engine.check()

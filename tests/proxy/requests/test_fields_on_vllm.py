@@ -114,7 +114,7 @@ def test_the_code_lists_the_same_unservable_fields(name: str) -> None:
     assert all(field.startswith("guided_") or field == "response_format" for field in other), other
 
 
-ITEMS: Final = [
+ITEMS: Final[list[dict[str, Any]]] = [
     {"role": "developer", "content": "Be brief."},
     {
         "role": "user",
@@ -130,24 +130,29 @@ ITEMS: Final = [
     },
     {"role": "user", "content": QUESTION},
 ]
+CALLED: Final = [
+    {"role": "user", "content": QUESTION},
+    {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+    {"type": "function_call_output", "call_id": "1", "output": "2"},
+]
+UNFINISHED: Final = [*ITEMS, {**ITEMS[3], "id": "msg_2", "status": "incomplete"}]
 TURNS: Final = [
     {"role": "developer", "content": "Be brief."},
     {"role": "user", "content": [{"type": "text", "text": "What is 2 + 3?"}, {"type": "text", "text": "Well?"}]},
     {"role": "assistant", "content": "5", "reasoning_content": "2 + 3 = 5"},
     {"role": "user", "name": "me", "content": QUESTION},
 ]
-IMAGE: Final = {"type": "image_url", "image_url": {"url": "data:,"}}
-TOOL: Final = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+TOOL: Final[dict[str, Any]] = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 ANY: Final[tuple[Sequence[Any], Sequence[Any]]] = (["x", {"a": "b"}, 1, True], [])
 """Values of fields that have no meaning on any endpoint."""
 
 # By field, or endpoint and field: values a controller serves, and values that pass.
 VALUES: Final[dict[str, tuple[Sequence[Any], Sequence[Any]]]] = {
     "model": ([MODEL, f"{MODEL}@0.25", None], []),
-    "messages": ([TURNS], [[{"role": "user", "content": [IMAGE]}], [{"role": "tool", "content": "4"}]]),
+    "messages": ([TURNS], []),
     "text prompt": ([[PROMPT], [1, 2, 3], [[1, 2, 3]], [PROMPT, PROMPT], [[1, 2, 3], [4, 5]]], [None, []]),
     "responses prompt": ([], [{"id": "p"}]),
-    "input": ([ITEMS], [[{"type": "function_call_output", "call_id": "1", "output": "2"}]]),
+    "input": ([ITEMS, CALLED], [UNFINISHED]),
     "instructions": (["Be brief.", "", None], []),
     "chat_template_kwargs": ([{"enable_thinking": False}, {"reasoning_effort": "low", "x": 1}], []),
     "reasoning_effort": (["none", "minimal", "low", "medium", "high", "xhigh", "max", None], ["weird"]),
@@ -177,29 +182,45 @@ VALUES: Final[dict[str, tuple[Sequence[Any], Sequence[Any]]]] = {
     "max_tokens": ([3], []),
     "max_completion_tokens": ([3], []),
     "max_output_tokens": ([3], []),
+    "chat min_tokens": ([0, "0", 3], []),
     "min_tokens": ([0, "0"], [3]),
     "ignore_eos": ([False, True], []),
-    "presence_penalty": ([0, 0.0], [0.5]),
-    "frequency_penalty": ([0, -0.0], [0.5]),
+    "presence_penalty": ([0, 0.5], []),
+    "text presence_penalty": ([0, 0.0], [0.5]),
+    "frequency_penalty": ([0, -0.0, 0.5], []),
+    "text frequency_penalty": ([0, -0.0], [0.5]),
+    "chat thinking_token_budget": ([-1], []),
     "thinking_token_budget": ([-1], [2]),
-    "stop_token_ids": ([[]], [[5]]),
+    "stop_token_ids": ([[], [5]], []),
+    "text stop_token_ids": ([[]], [[5]]),
+    "chat bad_words": ([[], ["x"]], []),
     "bad_words": ([[]], [["x"]]),
+    "chat allowed_token_ids": ([[]], []),
     "allowed_token_ids": ([], [[5, 6]]),
+    "chat repetition_detection": ([], []),
     "repetition_detection": ([], [{"max_pattern_size": 3, "min_count": 2}]),
     "use_beam_search": ([False], [True]),
     "length_penalty": ([1, 2.0], []),
     "n": ([1, "1", 1.0], [2]),
     "best_of": ([1], [2]),
-    "structured_outputs": ([], [{"regex": "a+"}]),
+    "structured_outputs": ([{"regex": "a+"}], []),
+    "text structured_outputs": ([], [{"regex": "a+"}]),
+    "chat response_format": ([{"type": "text"}, {"type": "json_object"}], []),
     "response_format": (
         [{"type": "text"}, {"type": "text", "json_schema": None}],
         [{"type": "json_object"}, {"type": "weird"}],
     ),
     "text": (
-        [{"format": {"type": "text"}}, {"verbosity": "low"}, {"format": None, "verbosity": "high"}],
-        [{"format": {"type": "json_object"}}],
+        [
+            {"format": {"type": "text"}},
+            {"verbosity": "low"},
+            {"format": None, "verbosity": "high"},
+            {"format": {"type": "json_schema", "name": "a", "schema": {"type": "object"}}},
+        ],
+        [{"format": {"type": "weird"}}],
     ),
-    "tools": ([], [[TOOL]]),
+    "chat tools": ([[TOOL]], []),
+    "responses tools": ([[{"type": "function", **TOOL["function"]}]], [[{"type": "web_search"}]]),
     "tool_choice": (["none", "auto"], ["required"]),
     "parallel_tool_calls": ([True, False], []),
     "max_tool_calls": ([3], []),
@@ -214,16 +235,20 @@ VALUES: Final[dict[str, tuple[Sequence[Any], Sequence[Any]]]] = {
         [["reasoning.encrypted_content"], ["file_search_call.results", "code_interpreter_call.outputs"], []],
         [["message.output_text.logprobs"], ["weird"]],
     ),
-    "chat logprobs": ([False], [True]),
+    "chat logprobs": ([False, True], []),
     "text logprobs": ([], [0, 3]),
+    "chat top_logprobs": ([0], []),
     "top_logprobs": ([0], [2]),
     "prompt_logprobs": ([], [0, 1]),
     "logprob_token_ids": ([[]], [[5]]),
     "echo": ([False], [True]),
     "suffix": ([""], ["x"]),
-    "skip_special_tokens": ([True], [False]),
+    "skip_special_tokens": ([True, False], []),
+    "text skip_special_tokens": ([True], [False]),
+    "chat spaces_between_special_tokens": ([True, False], []),
     "spaces_between_special_tokens": ([True], [False]),
-    "include_stop_str_in_output": ([False], [True]),
+    "include_stop_str_in_output": ([False, True], []),
+    "text include_stop_str_in_output": ([False], [True]),
     "return_token_ids": ([False], [True]),
     "return_prompt_text": ([False], [True]),
     "return_tokens_as_token_ids": ([False, True], []),

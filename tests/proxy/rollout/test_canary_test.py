@@ -15,6 +15,7 @@ from proxy.types import CanaryMetric
 REQUESTS = 500
 SCATTER = 0.6  # standard deviation of a request's tokens, in their mean
 
+M = "model"
 Draw = Callable[[random.Random], tuple[EpisodeOutcome, bool | None]]
 """Draws a request's outcome and its client's feedback, None without feedback."""
 
@@ -43,9 +44,9 @@ def ends(
         for number in range(1, most + 1):
             stage = RolloutStage.CANARY if chance.random() < share else RolloutStage.CHAMPION
             outcome, satisfied = (canary if stage is RolloutStage.CANARY else champion)(chance)
-            failure = test.observe(stage, outcome)
+            failure = test.observe(stage, outcome, M)
             if satisfied is not None:
-                failure = test.record_feedback(stage, satisfied)
+                failure = test.record_feedback(stage, satisfied, M)
             if failure is not None:
                 yield number, failure
                 break
@@ -67,8 +68,8 @@ def test_a_canary_worse_by_the_margin_is_almost_never_rejected() -> None:
 def test_constant_extra_tokens_are_rejected_only_beyond_the_margin(tokens: int, is_rejected: bool) -> None:
     test = CanaryTest()
     for _ in range(5000):
-        test.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True))
-        test.observe(RolloutStage.CANARY, EpisodeOutcome(tokens, False, True))
+        test.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True), M)
+        test.observe(RolloutStage.CANARY, EpisodeOutcome(tokens, False, True), M)
     assert (test.failure is not None) == is_rejected
 
 
@@ -107,25 +108,51 @@ def test_a_failing_canary_is_rejected_next_to_a_champion_without_failures() -> N
 def test_a_single_huge_reply_does_not_reject_a_canary() -> None:
     test = CanaryTest()
     for _ in range(20):
-        assert test.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True)) is None
-        assert test.observe(RolloutStage.CANARY, EpisodeOutcome(1000, False, True)) is None
-    test.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True))
-    assert test.observe(RolloutStage.CANARY, EpisodeOutcome(10**9, False, True)) is None
+        assert test.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True), M) is None
+        assert test.observe(RolloutStage.CANARY, EpisodeOutcome(1000, False, True), M) is None
+    test.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True), M)
+    assert test.observe(RolloutStage.CANARY, EpisodeOutcome(10**9, False, True), M) is None
 
 
 def test_a_canary_is_not_rejected_without_requests_of_the_champion() -> None:
     test = CanaryTest()
-    assert all(test.observe(RolloutStage.CANARY, EpisodeOutcome(10**6, True, False)) is None for _ in range(1000))
+    assert all(test.observe(RolloutStage.CANARY, EpisodeOutcome(10**6, True, False), M) is None for _ in range(1000))
 
 
 def test_the_failure_is_kept_with_its_metric_e_value_and_pairs() -> None:
     test = CanaryTest()
     failures = []
     for _ in range(60):
-        test.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True))
-        failures.append(test.observe(RolloutStage.CANARY, EpisodeOutcome(1000, True, True)))
+        test.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True), M)
+        failures.append(test.observe(RolloutStage.CANARY, EpisodeOutcome(1000, True, True), M))
     first = next(failure for failure in failures if failure is not None)
     assert first.metric is CanaryMetric.FAILURES
     assert first.e_value >= test.limit
     assert first.pairs == failures.index(first) + 1 < 20
     assert test.failure is not None
+
+
+def test_requests_are_paired_only_with_requests_on_the_same_model() -> None:
+    """Check that a canary on a model with long replies is not compared with a champion on one with short replies."""
+    test = CanaryTest()
+    for _ in range(1000):
+        assert test.observe(RolloutStage.CHAMPION, EpisodeOutcome(100, False, True), "short replies") is None
+        assert test.observe(RolloutStage.CANARY, EpisodeOutcome(10_000, True, False), "long replies") is None
+        assert test.record_feedback(RolloutStage.CHAMPION, True, "short replies") is None
+        assert test.record_feedback(RolloutStage.CANARY, False, "long replies") is None
+
+
+def test_tokens_are_counted_in_units_of_each_model() -> None:
+    test = CanaryTest()
+    for _ in range(1000):
+        for model, tokens in (("short replies", 100), ("long replies", 100_000)):
+            test.observe(RolloutStage.CHAMPION, EpisodeOutcome(tokens, False, True), model)
+            test.observe(RolloutStage.CANARY, EpisodeOutcome(tokens, False, True), model)
+    assert test.failure is None
+    pairs = 0
+    while test.failure is None and pairs < 200:
+        test.observe(RolloutStage.CHAMPION, EpisodeOutcome(100, False, True), "short replies")
+        test.observe(RolloutStage.CANARY, EpisodeOutcome(400, False, True), "short replies")
+        pairs += 1
+    assert test.failure is not None
+    assert (test.failure.metric, pairs > 10) == (CanaryMetric.TOKENS, True)

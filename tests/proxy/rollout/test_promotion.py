@@ -27,7 +27,9 @@ from proxy.cli import app
 from proxy.rollout import failure_counter
 from proxy.server import running
 from proxy.settings import load
+from tests.discovery.promotion.outside import folder_of, write_source
 from tests.fakes import FakeVLLM, chain
+from tests.postgres_server import PostgresServer
 from tests.proxy.conftest import INTERVAL, SMALL, Proxy
 from tests.proxy.rollout.test_sealed_controllers import FAULTS, HONEST, LOCKSTEP
 
@@ -83,9 +85,9 @@ def serve(backend: HeldVLLM, registry: Registry) -> Serve:
 
     @asynccontextmanager
     async def with_registry(**settings: Any) -> AsyncIterator[Proxy]:
-        given = {**SMALL, "controller": DEFAULT, "decision_s": 5.0, "sandbox_pool": 1, **settings}
+        given = {**SMALL, "controller": DEFAULT, "decision_s": 5.0, "sandbox_pool": 1, "registry": registry.place}
         async with (
-            running(load(upstream=backend.url, registry=registry.folder, registry_poll_s=0, **given)) as url,
+            running(load(upstream=backend.url, registry_poll_s=0, **given | settings)) as url,
             aiohttp.ClientSession() as http,
             AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as openai,
         ):
@@ -133,6 +135,18 @@ async def test_the_champion_decides_for_requests_that_name_no_controller(serve: 
         assert await proxy.metric("autotts_stage_requests_total") == 1
         status, _, reply = await proxy.ask("0.5", tts={"controller": "other"})
         assert (status, reply["error"]["message"][-6:]) == (400, ", mine")
+
+
+@pytest.mark.process
+async def test_a_controller_from_a_database_decides_without_a_folder(serve: Serve, postgres: PostgresServer) -> None:
+    registry = Registry(postgres.create_database())
+    digest = install(registry, "mine", HONEST, RolloutStage.CHAMPION)
+    async with serve(registry=registry.place) as proxy:
+        _, _, reply = await proxy.ask("0.5")
+        assert (reply["tts"]["controller"], reply["tts"]["controller_digest"]) == ("mine", digest[:12])
+        await asyncio.to_thread(registry.roll_back, ME)
+        while await decider(proxy) != (DEFAULT, "champion"):
+            pass
 
 
 async def test_requests_are_assigned_to_the_canary_by_id_according_to_its_share(
@@ -193,19 +207,23 @@ async def test_an_unreadable_registry_keeps_the_previous_champion_and_is_logged_
     first_digest = install(registry, "one", HONEST, RolloutStage.CHAMPION)
     async with serve() as proxy:
         assert await decider(proxy) == ("one", "champion")
-        sound = registry.file.read_bytes()
-        registry.file.write_text("{")
+        sound = folder_of(registry).file.read_bytes()
+        folder_of(registry).file.write_text("{")
         assert [await decider(proxy) for _ in range(3)] == [("one", "champion")] * 3
         assert caplog.text.count("registry.json: ") == 1
         assert "keeping champion one" in caplog.text
-        registry.file.write_bytes(sound)
+        assert await proxy.metric("autotts_registry_unreadable") == 1
+        folder_of(registry).file.write_bytes(sound)
+        assert await decider(proxy) == ("one", "champion")
+        assert await proxy.metric("autotts_registry_unreadable") == 0
+        assert await proxy.metric("autotts_registry_version") == 1
         second_digest = install(registry, "two", EXPENSIVE, RolloutStage.CHAMPION)
-        (registry.folder / f"{second_digest}.py").write_text("# another\n")
+        write_source(registry, second_digest, b"# another\n")
         assert await decider(proxy) == ("one", "champion")
         assert f"{second_digest}.py: the content does not match the hash in its name" in caplog.text
         registry.roll_back(ME)
         assert await decider(proxy) == ("one", "champion")
-        assert registry.read().champion == first_digest
+        assert registry.read().default.champion == first_digest
 
 
 async def until_refused(url: str) -> None:
@@ -214,6 +232,35 @@ async def until_refused(url: str) -> None:
         with suppress(aiohttp.ClientError):
             while (await http.get(f"{url}/health")).status:
                 pass
+
+
+async def test_each_model_is_served_by_its_own_champion(serve: Serve, backend: HeldVLLM, registry: Registry) -> None:
+    backend.models = ["fake-model", "small", "large"]
+    digest = install(registry, "mine", HONEST, RolloutStage.CHAMPION)
+    registry.install(Spec("asc"), {"headline": ""}, RolloutStage.CHAMPION, 0, ME, "small")
+    registry.install(Spec("mine", EXPENSIVE), {"headline": ""}, RolloutStage.CANARY, 1.0, ME, "large")
+    async with serve() as proxy:
+        served = {model: (await proxy.ask("0.5", model=model))[2]["tts"] for model in backend.models}
+        assert {model: (tts["controller"], tts["stage"], tts["stage_model"]) for model, tts in served.items()} == {
+            "fake-model": ("mine", "champion", None),
+            "small": ("asc", "champion", "small"),
+            "large": ("mine", "canary", "large"),
+        }
+        assert served["fake-model"]["controller_digest"] == digest[:12] != served["large"]["controller_digest"]
+        for model, stage, controller in (("small", "champion", "asc"), ("large", "canary", "mine")):
+            labels = {"model": model, "stage": stage, "controller": controller}
+            assert await proxy.metric("autotts_stage_requests_total", **labels) == 1
+        async with proxy.http.get(f"{proxy.url}/ready") as response:
+            status = (await response.json())["controllers"]
+        assert status["small"] == {
+            "champion": {"controller": "asc", "digest": Spec("asc").digest[:12], "set_for": "small"}
+        }
+        assert {stage: about["set_for"] for stage, about in status["large"].items()} == {
+            "champion": "default",
+            "canary": "large",
+        }
+        registry.roll_back(ME, "small")
+        assert await decider(proxy, model="small") == ("mine", "champion")
 
 
 # The canary test
@@ -237,7 +284,7 @@ async def test_a_failing_canary_is_rolled_back_and_audited(
         assert await ask_until_rolled_back(proxy, 200) > 10
         assert await proxy.metric("autotts_rollbacks_total", reason="failures") == 1
         assert [await decider(proxy) for _ in range(10)] == [(DEFAULT, "champion")] * 10
-    assert registry.read().canary is None  # the proxy ends only once the registry is written
+    assert registry.read().default.canary is None  # the proxy ends only once the registry is written
     line = registry.audit()[-1]
     assert (line["who"], line["action"], line["before"]) == ("watcher", "drop canary", {"canary": digest})
     assert line["why"].startswith("failures: e-value ")
@@ -263,8 +310,9 @@ async def test_a_canary_promoted_again_is_tested_from_the_start(
 @pytest.fixture
 def lock(registry: Registry) -> Iterator[int]:
     """Yield a descriptor that tests lock to block changes of the registry."""
-    registry.folder.mkdir()
-    held = os.open(registry.folder, os.O_RDONLY)
+    folder = folder_of(registry).folder
+    folder.mkdir()
+    held = os.open(folder, os.O_RDONLY)
     yield held
     os.close(held)
 
@@ -281,11 +329,11 @@ async def test_shutdown_waits_until_a_quarantine_is_written_to_the_registry(
         ending = asyncio.create_task(stack.aclose())
         await until_refused(proxy.url)
         ended, _ = await asyncio.wait({ending}, timeout=0.5)
-        assert registry.read().canary == digest
+        assert registry.read().default.canary == digest
         fcntl.flock(lock, fcntl.LOCK_UN)
         assert not ended
         await ending
-    assert registry.read().canary is None
+    assert registry.read().default.canary is None
 
 
 async def test_a_canary_that_spends_more_tokens_than_the_champion_is_rolled_back(
@@ -296,8 +344,8 @@ async def test_a_canary_that_spends_more_tokens_than_the_champion_is_rolled_back
     async with serve() as proxy:
         await ask_until_rolled_back(proxy, 400)
         assert await proxy.metric("autotts_rollbacks_total", reason="tokens") == 1
-    assert registry.read().canary is None
-    assert registry.read().champion == Spec("one", HONEST).digest
+    assert registry.read().default.canary is None
+    assert registry.read().default.champion == Spec("one", HONEST).digest
 
 
 async def test_a_canary_equal_to_the_champion_is_not_rolled_back(serve: Serve, registry: Registry) -> None:
@@ -307,7 +355,7 @@ async def test_a_canary_equal_to_the_champion_is_not_rolled_back(serve: Serve, r
         for _ in range(60):
             await proxy.ask("0")
         assert await proxy.metric("autotts_rollbacks_total") == 0
-    assert registry.read().canary == canary
+    assert registry.read().default.canary == canary
 
 
 async def test_three_failures_quarantine_a_canary_in_the_registry(serve: Serve, registry: Registry) -> None:
@@ -318,7 +366,7 @@ async def test_three_failures_quarantine_a_canary_in_the_registry(serve: Serve, 
         assert await proxy.metric("autotts_rollbacks_total", reason="quarantined") == 1
         assert await proxy.metric("autotts_controller_quarantined", controller="mine") == 1
     installed = registry.read()
-    assert (installed.canary, set(installed.quarantined)) == (None, {digest})
+    assert (installed.default.canary, set(installed.quarantined)) == (None, {digest})
     assert [line["action"] for line in registry.audit()] == ["install as canary", "quarantine"]
 
 
@@ -342,7 +390,7 @@ async def test_a_failing_canary_is_dropped_even_if_the_registry_cannot_be_writte
     install(registry, "mine", FAILING, RolloutStage.CANARY, share=1.0)
     async with serve() as proxy:
         await proxy.ask("0")
-        registry.file.write_text("{")
+        folder_of(registry).file.write_text("{")
         for _ in range(2):
             await proxy.ask("0")
         assert [await decider(proxy) for _ in range(3)] == [(DEFAULT, "champion")] * 3
@@ -392,7 +440,7 @@ async def test_a_failing_shadow_is_quarantined_without_effect_on_replies(serve: 
             await until(proxy, "autotts_shadow_agreement_total", number, controller="two", agreed="failed")
         assert await proxy.metric("autotts_controller_quarantined", controller="two") == 1
         await proxy.ask("0")
-    assert registry.read().shadow is None
+    assert registry.read().default.shadow is None
     assert registry.read().quarantined == {digest}
 
 
@@ -439,6 +487,30 @@ def test_commands_promote_a_file_to_champion_list_it_and_roll_it_back(tmp_path: 
     assert all(text in stdout for text in ("2 points better", "version 4", "rollback", "it is good"))
     status, _, stderr = autotts("rollback", "--registry", folder)
     assert (status, "neither a canary nor a champion" in stderr) == (2, True)
+
+
+def test_commands_promote_a_built_in_controller_for_one_model_and_roll_it_back(tmp_path: Path) -> None:
+    folder = str(tmp_path / "installed")
+    status, stdout, stderr = autotts("promote", "cmc", "--registry", folder, "--as", "champion", "--model", "small")
+    assert (status, stderr) == (0, "")
+    assert f"cmc ({Spec('cmc').digest[:12]}) is champion of model small" in stdout
+    assert (
+        autotts("promote", "esc", "--registry", folder, "--as", "canary", "--model", "small", "--share", "0.3")[0] == 0
+    )
+    assert autotts("promote", "asc", "--registry", folder, "--as", "champion")[0] == 0
+    status, stdout, _ = autotts("controllers", "--registry", folder, "--json")
+    figures = json.loads(stdout)
+    assert figures["champion"] == Spec("asc").digest
+    assert figures["models"]["small"]["champion"] == Spec("cmc").digest
+    assert figures["serving"]["small"]["canary"] == {"digest": Spec("esc").digest, "set_for": "small"}
+    status, stdout, _ = autotts("controllers", "--registry", folder)
+    for row in ("default │ champion │ asc", "small │ champion │ cmc", "small │ canary (30%) │ esc"):
+        assert row in stdout
+    status, stdout, _ = autotts("rollback", "--registry", folder, "--model", "small")
+    assert "the default's champion is the champion of model small; there is no canary" in stdout
+    status, _, stderr = autotts("rollback", "--registry", folder, "--model", "small")
+    assert (status, "model small has neither a canary nor a champion" in stderr) == (2, True)
+    assert Registry(Path(folder)).read().default.champion == Spec("asc").digest
 
 
 def test_a_forced_promotion_prints_a_warning_and_is_audited(tmp_path: Path) -> None:

@@ -64,9 +64,9 @@ def serve(backend: FakeVLLM, tmp_path: Path) -> Serve:
     async def with_source(source: str, **settings: Any) -> AsyncIterator[Proxy]:
         path = tmp_path / "mine.py"
         path.write_text(source)
-        given = {**SMALL, "decision_s": 5.0, **settings}  # generous: this machine may be busy
+        given = {**SMALL, "controller": str(path), "decision_s": 5.0, **settings}  # generous: this machine may be busy
         async with (
-            running(load(upstream=backend.url, controller=str(path), **given)) as url,
+            running(load(upstream=backend.url, **given)) as url,
             aiohttp.ClientSession() as http,
             AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as openai,
         ):
@@ -117,6 +117,20 @@ async def test_the_baseline_continues_the_episode_of_a_failed_controller(serve: 
         assert reply["choices"][0]["message"]["content"] == "It is \\boxed{7}"
         assert reply["usage"]["completion_tokens"] == proxy.backend.generated
         assert await proxy.metric("autotts_fallbacks_total", controller="mine", reason=fault) == 1
+        assert await proxy.metric("autotts_decision_seconds_count", controller="adaptive_consistency") > 0
+
+
+async def test_the_baseline_advances_no_more_branches_than_it_needs(serve: Serve) -> None:
+    wide = LOCKSTEP.format(later=FAULTS["raised"]).replace("2 + round(6 * beta)", "40")
+    async with serve(wide) as proxy:
+        _, headers, reply = await proxy.ask("1")
+        assert (headers["x-tts-stop"], headers["x-tts-fallback"], headers["x-tts-branches"]) == (
+            "answered",
+            "raised",
+            "40",
+        )
+        assert reply["tts"]["answer"] == "7"
+        assert reply["usage"]["completion_tokens"] < 40 * 100  # the shortest chain has 100 tokens
 
 
 async def test_the_last_chunk_of_a_stream_has_the_fallback_reason(serve: Serve) -> None:

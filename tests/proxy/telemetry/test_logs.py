@@ -78,6 +78,15 @@ def test_secrets_are_masked_in_json_and_plain_logs() -> None:
         assert written.getvalue().count(MASK) == 2
 
 
+def test_passwords_of_several_upstreams_are_masked(tmp_path: Path) -> None:
+    file = tmp_path / "models.toml"
+    file.write_text(f'm = ["http://a:1", "http://me:{SECRET}@b:1"]')
+    for upstream in (f"http://a:1,http://me:{SECRET}@b:1", str(file)):
+        written = logged(load(upstream=upstream))
+        logging.getLogger("proxy.some").error("connected with %s", SECRET)
+        assert f"connected with {MASK}" in written.getvalue()
+
+
 def test_plain_log_lines_name_their_request_once() -> None:
     written = logged(load(upstream="http://127.0.0.1:1"))
     token = request_id.set("req-1")

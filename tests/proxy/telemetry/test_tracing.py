@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import aiohttp
 import pytest
@@ -25,8 +27,10 @@ from opentelemetry.trace import SpanKind
 from proxy.server import running
 from proxy.settings import load
 from proxy.telemetry import tracing
-from tests.fakes import ASSISTANT, MODEL, FakeVLLM, RawUpstream
+from tests.fakes import ASSISTANT, MODEL, FakeVLLM, RawUpstream, listening
 from tests.proxy.conftest import SMALL
+
+R = TypeVar("R")
 
 PROMPT = "what nobody may read"
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -40,6 +44,22 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
     monkeypatch.setattr(tracing, "create_tracer", lambda: tracing.OtelTracer(provider))
     yield kept
     provider.shutdown()
+
+
+@asynccontextmanager
+async def collector(path: str, parse: Callable[[bytes], R], answer: bytes) -> AsyncIterator[tuple[str, list[R]]]:
+    """Yield the URL of a collector that takes OTLP over HTTP at a path, and what it has received, parsed."""
+    received: list[R] = []
+
+    async def take(request: web.Request) -> web.Response:
+        assert request.content_type == "application/x-protobuf"
+        received.append(parse(await request.read()))
+        return web.Response(body=answer, content_type=request.content_type)
+
+    app = web.Application()
+    app.router.add_post(path, take)
+    async with listening(app) as url:
+        yield url, received
 
 
 async def ask(
@@ -96,6 +116,7 @@ async def test_an_episode_span_contains_round_spans_that_contain_generation_span
     assert about["gen_ai.usage.output_tokens"] == usage["completion_tokens"]
     assert about["gen_ai.usage.input_tokens"] == usage["prompt_tokens"]
     assert (about["autotts.stop"], about["autotts.rounds"]) == (tts["stop"], tts["rounds"])
+    assert (about["autotts.agreement"], about["autotts.confidence"]) == (tts["agreement"], tts["confidence"])
     bought = [dict(span.attributes or {})["gen_ai.usage.output_tokens"] for span in generations]
     assert sum(n for n in bought if isinstance(n, int)) == usage["completion_tokens"]
 
@@ -225,10 +246,11 @@ async def test_health_ready_and_metrics_requests_have_no_spans(
     ],
 )
 def test_without_a_collector_opentelemetry_is_not_imported(variables: dict[str, str]) -> None:
+    """It would also come with optuna, which imports redis, which imports OpenTelemetry's SDK."""
     code = (
         "import sys, proxy.app; from proxy.telemetry import tracing; made = tracing.create_tracer();"
         "assert type(made) is tracing.NoopTracer, made;"
-        "assert not [name for name in sys.modules if name.startswith('opentelemetry')]"
+        "assert not [name for name in sys.modules if name.partition('.')[0] in ('opentelemetry', 'optuna', 'redis')]"
     )
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -245,25 +267,10 @@ async def test_the_spans_of_a_request_are_exported_to_the_collector(
     backend: FakeVLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Export over OTLP/HTTP with the real exporter to a receiver that parses protobuf."""
-    received: list[ExportTraceServiceRequest] = []
-
-    async def take(request: web.Request) -> web.Response:
-        assert request.content_type == "application/x-protobuf"
-        received.append(ExportTraceServiceRequest.FromString(await request.read()))
-        return web.Response(body=ExportTraceServiceResponse().SerializeToString(), content_type=request.content_type)
-
-    app = web.Application()
-    app.router.add_post("/v1/traces", take)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{runner.addresses[0][1]}")
-        status, reply = await ask(
-            backend, tts={"controller": "parallel_probe"}
-        )  # closing the tracer exports the remaining spans
-    finally:
-        await runner.cleanup()
+    answer = ExportTraceServiceResponse().SerializeToString()
+    async with collector("/v1/traces", ExportTraceServiceRequest.FromString, answer) as (url, received):
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
+        status, reply = await ask(backend, tts={"controller": "parallel_probe"})  # closing the tracer exports the rest
     assert status == 200
     resources = [sent for request in received for sent in request.resource_spans]
     for resource in resources:

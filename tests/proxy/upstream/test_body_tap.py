@@ -15,8 +15,8 @@ import trustme
 import uvloop
 
 from proxy.http.sse import StreamedResponse
-from proxy.upstream import body_tap, eager_task
-from proxy.upstream.body_tap import BodySink, stream_body
+from proxy.upstream import body_tap
+from proxy.upstream.body_tap import BodySink, start_eagerly, stream_body
 
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 UNTIL_CLOSED = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -26,13 +26,18 @@ LONG_S = 600.0
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
 
+async def _limited(work: Coroutine[Any, Any, None]) -> None:
+    async with asyncio.timeout(10):
+        await work
+
+
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 def run(request: pytest.FixtureRequest) -> Iterator[Run]:
     """Run a test's coroutine on each kind of event loop. An error in a callback of the loop fails the test."""
     raised: list[Any] = []
     with asyncio.Runner(loop_factory=request.param) as runner:
         runner.get_loop().set_exception_handler(lambda _, context: raised.append(context))
-        yield lambda work: runner.run(asyncio.wait_for(work, 10))
+        yield lambda work: runner.run(_limited(work))
     assert raised == []
 
 
@@ -111,7 +116,7 @@ async def upstream(authority: trustme.CA | None = None) -> AsyncIterator[Upstrea
     port = server.sockets[0].getsockname()[1]
     connector = aiohttp.TCPConnector(ssl=trusted or True, family=socket.AF_INET)
     try:
-        async with aiohttp.ClientSession(connector=connector, request_class=eager_task.EagerClientRequest) as session:
+        async with aiohttp.ClientSession(connector=connector) as session:
             yield Upstream(session, f"{'http' if authority is None else 'https'}://localhost:{port}/", connections)
     finally:
         for writer in opened:
@@ -405,15 +410,15 @@ def test_start_eagerly_runs_until_it_has_to_wait(run: Run) -> None:
 
     async def test() -> None:
         go = asyncio.Event()
-        left = eager_task.start_eagerly(work(go))
+        left = start_eagerly(work(go))
         assert left is not None
         assert done == ["begun"]
         go.set()
         await left
         assert done == ["begun", "done"]
-        assert eager_task.start_eagerly(pass_()) is None
+        assert start_eagerly(pass_()) is None
         done.clear()
-        left = eager_task.start_eagerly(work(asyncio.Event()))
+        left = start_eagerly(work(asyncio.Event()))
         assert left is not None
         waiting = asyncio.ensure_future(left)
         await asyncio.sleep(0)
@@ -423,28 +428,6 @@ def test_start_eagerly_runs_until_it_has_to_wait(run: Run) -> None:
         assert done == ["begun", "cancelled"]
 
         with pytest.raises(OSError, match="no"):
-            eager_task.start_eagerly(fail())
+            start_eagerly(fail())
 
     run(test())
-
-
-@pytest.mark.parametrize("is_eager", [True, False])
-def test_an_eager_body_is_written_by_the_requesting_task(run: Run, is_eager: bool) -> None:
-    async def work() -> None:
-        writers: list[asyncio.Task[Any] | None] = []
-        kind: Any = eager_task.EagerPayload if is_eager else aiohttp.BytesPayload
-
-        class Body(kind):  # type: ignore[misc]  # one of the two
-            async def write_with_length(self, *args: Any) -> None:
-                writers.append(asyncio.current_task())
-                await asyncio.sleep(0)
-                await super().write_with_length(*args)
-
-        async with upstream() as server:
-            asking = asyncio.create_task(server.session.post(server.url, data=Body(b"?")))
-            reader, writer = await server.connections.get()
-            answered = await server.answer(asking, reader, writer, b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
-            assert await answered.response.read() == b"ok"
-            assert (writers == [asking]) == is_eager
-
-    run(work())

@@ -15,6 +15,7 @@ pytest.importorskip("tokenizers", reason="the extra `embedded` is not installed;
 from tokenizers import Tokenizer
 
 from controllers import Probed, advance, branch, probe
+from controllers.signals import ALL_SIGNALS, NO_SIGNALS, Signal, interval_signals
 from discovery.answers import parse_kind
 from proxy.environment.live_environment import LiveEnvironment
 from proxy.errors import UpstreamRefused
@@ -23,6 +24,7 @@ from proxy.types import EnvironmentLimits, Prompt
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.detokeniser import BROKEN, MOST_LEARNT, Detokeniser, Ending, TokenEndings, TokenInfo
 from tests.dictated import MARK, MODEL, DictatedVLLM, byte_level, id_of, ids_of, sentence_piece
+from tests.fakes import log_probability
 
 KINDS = pytest.mark.parametrize("make", [byte_level, sentence_piece])
 LETTERS = "the sea on in an aé ß€漢字語😀🎉𝄞 \n.:7"
@@ -31,13 +33,19 @@ LETTERS = "the sea on in an aé ß€漢字語😀🎉𝄞 \n.:7"
 
 @asynccontextmanager
 async def environment(
-    backend: DictatedVLLM, interval: int, *, stop: Sequence[str] = (), special: bool = False
+    backend: DictatedVLLM,
+    interval: int,
+    *,
+    stop: Sequence[str] = (),
+    special: bool = False,
+    signals: frozenset[Signal] = NO_SIGNALS,
 ) -> AsyncIterator[LiveEnvironment]:
     template = replace(TEMPLATES[Family.PLAIN], special=special)
     prompt = Prompt(MODEL, backend.prompt, "", {}, stop=stop, kind=parse_kind("boxed"), template=template)
     async with backend.serve(), aiohttp.ClientSession() as http:
         limits = EnvironmentLimits(interval, 2000, 8)
-        yield LiveEnvironment(UpstreamClient(backend.url, http), prompt, limits, keeps_all_branches=True)
+        engine = UpstreamClient(backend.url, http)
+        yield LiveEnvironment(engine, prompt, limits, keeps_all_branches=True, signals=signals)
 
 
 async def run_out(env: LiveEnvironment, count: int, probes: bool = False) -> None:
@@ -45,6 +53,24 @@ async def run_out(env: LiveEnvironment, count: int, probes: bool = False) -> Non
     await env.execute([branch() for _ in range(count)])
     while running := [i for i in range(count) if env.branches[i].finish is None]:
         await env.execute([move for i in running for move in ([probe(i)] if probes else []) + [advance(i)]])
+
+
+@KINDS
+@pytest.mark.parametrize("interval", [1, 4])
+async def test_log_probabilities_stay_aligned_where_requests_meet_inside_characters(
+    make: Callable[[], Tokenizer], interval: int
+) -> None:
+    tokenizer = make()
+    rng = random.Random(interval)
+    texts = random_texts(rng, tokenizer, marks=True)[:6]
+    backend = DictatedVLLM(tokenizer, ids_of(tokenizer, "SECRET:"), texts)
+    async with environment(backend, interval, stop=["HALT"], signals=ALL_SIGNALS) as env:
+        await run_out(env, len(texts), probes=True)
+        for live in env.branches:
+            expected = [log_probability(token, at) for at, token in enumerate(live.ids)]
+            assert list(live.log_probabilities) == expected
+            parts = [interval_signals(expected[at : at + interval]) for at in range(0, len(expected), interval)]
+            assert live.interval_signals == parts[: len(expected) // interval]
 
 
 def plain(ids: Sequence[int], tokenizer: Tokenizer) -> str:

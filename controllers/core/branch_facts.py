@@ -1,0 +1,76 @@
+"""Branch: the facts that a state knows of one branch.
+
+This module can be compiled (`controllers/core/compiled.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from controllers.core.action_types import Advanced
+from controllers.signals import LOG_CONFIDENCE, confidence_of
+
+_FIELDS: Final = (
+    *("finished", "intervals", "label", "log_probability", "lowest"),
+    *("probe_confidence", "probe_tokens", "probed", "pruned", "tokens"),
+)
+
+
+class Branch:
+    """The known facts of one branch."""
+
+    __slots__ = _FIELDS
+
+    def __init__(self) -> None:
+        self.intervals = 0  # intervals run
+        self.tokens = 0  # tokens generated, probes not counted
+        self.probe_tokens = 0  # tokens its probes cost
+        self.label: int | None = None  # final label if finished, else label of the latest probe
+        self.probed = 0  # intervals it had run when it was last probed
+        self.finished = False
+        self.pruned = False
+        # signals; None if unknown, as they are to a controller that does not declare them
+        self.log_probability: float | None = None  # of all its tokens, in nats; at most 0
+        self.lowest: int | None = None  # confidence of its least confident window, in per mille
+        self.probe_confidence: int | None = None  # confidence of its latest probe before its end, in per mille
+
+    @property
+    def confidence(self) -> int | None:
+        """Geometric mean probability of its tokens, in per mille; None if unknown."""
+        total = self.log_probability
+        return None if total is None or not self.tokens else confidence_of(total / self.tokens)
+
+    @property
+    def active(self) -> bool:
+        """Whether it is neither finished nor pruned."""
+        return not (self.finished or self.pruned)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return rebuild, (Branch, (), {name: getattr(self, name) for name in _FIELDS})
+
+    def __repr__(self) -> str:
+        fate = "finished" if self.finished else "pruned" if self.pruned else "running"
+        return f"<Branch {fate} intervals={self.intervals} tokens={self.tokens} label={self.label}>"
+
+    def add_signals(self, fact: Advanced) -> None:
+        """Add the signals of a fact. Call it before the fact's tokens are added.
+
+        The sum stays unknown once a part of the branch is unknown.
+        """
+        if not fact.tokens:
+            return
+        if fact.confidence is None or (self.log_probability is None and self.tokens):
+            self.log_probability = self.lowest = None
+            return
+        self.log_probability = (self.log_probability or 0.0) + fact.tokens * LOG_CONFIDENCE[fact.confidence]
+        if fact.lowest is not None:
+            self.lowest = fact.lowest if self.lowest is None else min(self.lowest, fact.lowest)
+
+
+def rebuild(kind: Callable[..., object], arguments: tuple[object, ...], fields: Mapping[str, object]) -> object:
+    """Create a copy of an object from its fields: compiled classes have no other way to be copied and pickled."""
+    copied = kind(*arguments)
+    for name, value in fields.items():
+        setattr(copied, name, value)
+    return copied

@@ -1,0 +1,1 @@
+"""Container image: its Dockerfile, and the health check that runs in it."""

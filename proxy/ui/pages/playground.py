@@ -1,0 +1,94 @@
+"""Playground: ask a question and watch the episode. The request goes through the public endpoint."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from starlette.responses import Response
+
+from controllers.builtin import ADMIN_ONLY, BUILT_IN
+from controllers.loading import discovered
+from deploy.embedded.task import held_back
+from discovery.errors import StoreError
+from proxy.ui.api_calls import call_api
+from proxy.ui.page import Page, PageContext, UiRoute
+from proxy.ui.sentences import SELECTORS, STOPS, TOKEN_KINDS
+
+ANSWER_KINDS: Final = (
+    ("auto", "auto: whatever it is"),
+    ("boxed", "boxed: the last \\boxed{}"),
+    ("number", "number"),
+    ("choice", "choice: a letter from A to J"),
+    ("text:words", "text: compared by its words"),
+    ("code:lines", "code: compared by its lines"),
+    ("select", "select: the model chooses a reply"),
+    ("synthesise", "synthesise: the model writes one from several"),
+)
+RECENT_DAYS: Final = 7
+"""Days of requests from which the cost of β is estimated where there is no calibration."""
+_EXAMPLE: Final = "What is 17 * 23? Put the answer in \\boxed{}."
+_COMPLETIONS: Final = "/v1/chat/completions"
+
+
+async def show(context: PageContext) -> Response:
+    """Show the form."""
+    service = context.service
+    await service.health_monitor.is_ready()  # it updates the list of models, at most once a second
+    models = [(model, await _costs(context, model)) for model in service.served]
+    is_embedded = "autotts-tiny" in service.served
+    names = sorted({*BUILT_IN, *discovered()} - ADMIN_ONLY)
+    settings: dict[str, Any] = {
+        "stops": dict(STOPS),
+        "kinds": dict(TOKEN_KINDS),
+        "selectors": dict(SELECTORS),
+        "needsKey": service.authenticator.keyring is not None,
+        "costs": dict(models),
+        "isRecorded": service.episode_log.writer.is_on,
+    }
+    return context.render(
+        "playground.html",
+        models=[model for model, _ in models],
+        champions={model: service.controllers.champion(model).name for model in service.served},
+        controllers=names,
+        kinds=ANSWER_KINDS,
+        example=held_back(1)[0].question if is_embedded else _EXAMPLE,
+        settings=settings,
+    )
+
+
+async def ask(context: PageContext) -> Response:
+    """Pass the page's request on to the public endpoint, and stream what a client would get."""
+    return await call_api(context, "POST", _COMPLETIONS)
+
+
+async def _costs(context: PageContext, model: str) -> dict[str, Any] | None:
+    """Return mean tokens by β of each controller of a model, from the calibration, else from recent requests."""
+    service = context.service
+    first = service.betas.calibrations.get(model)
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    if first is not None:
+        source = "calibration"
+        for each in first.all:
+            points[each.controller] = [(point.beta, point.tokens) for point in each.points]
+    elif service.usage is not None:
+        source = f"mean of requests of the last {RECENT_DAYS} days"
+        since = datetime.now(UTC) - timedelta(days=RECENT_DAYS)
+        try:
+            costs = await service.usage.costs(model, since, context.viewer.tenant_scope)
+        except StoreError:
+            costs = []
+        for cost in costs:
+            points[cost.controller].append((cost.beta, cost.tokens))
+    if not points:
+        return None
+    return {"source": source, "default": service.controllers.champion(model).name, "points": dict(points)}
+
+
+PAGE: Final = Page(
+    "playground",
+    "Playground",
+    (UiRoute("/ui/playground", show), UiRoute("/ui/data/playground", ask, method="POST")),
+    href="/ui/playground",
+)

@@ -1,0 +1,84 @@
+"""Which registry the commands of promotion use: the one that is named, or that of a store in PostgreSQL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from controllers.loading import Spec
+from discovery.commands.promote import default_ledger
+from discovery.errors import StoreError
+from discovery.promotion.registry import Registry
+from discovery.store import DatabaseUrl, child_environment, parse_place
+from proxy.cli import app
+from tests.postgres_server import QUOTED_PASSWORD, PostgresServer
+
+PROMOTE = ("promote", "asc", "--as", "champion")
+URL = DatabaseUrl("postgresql://me@host/db")
+
+
+def autotts(*arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, arguments)
+    return done.exit_code, " ".join(done.output.split())
+
+
+@pytest.mark.parametrize("command", [PROMOTE, ("rollback",), ("controllers",)])
+def test_a_command_without_a_registry_says_how_to_name_one(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for store in ("", str(tmp_path / "autotts.db")):  # a file has no registry
+        monkeypatch.setenv("AUTOTTS_STORE", store)
+        status, output = autotts(*command)
+        assert status == 2
+        assert "--registry is needed: a folder, or a postgresql:// URL" in output
+
+
+def test_a_url_of_another_database_is_refused() -> None:
+    status, output = autotts("controllers", "--registry", "mysql://me:s3cret@host/db")
+    assert status == 2
+    assert "a registry cannot be opened by a URL that begins with mysql:" in output
+    assert "s3cret" not in output
+
+
+@pytest.mark.process
+def test_the_registry_of_a_store_in_postgresql_is_used_unless_another_is_named(
+    postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = postgres.create_database()
+    monkeypatch.setenv("AUTOTTS_STORE", place.text.replace("@", f":{QUOTED_PASSWORD}@"))
+    status, output = autotts(*PROMOTE)
+    assert (status, f"{place}: asc (" in output) == (0, True)
+    assert Registry(place).read().default.champion == Spec("asc").digest
+    status, output = autotts("controllers")
+    assert (status, f"{place}, version 1" in output) == (0, True)
+    monkeypatch.setenv("AUTOTTS_REGISTRY", str(tmp_path / "folder"))
+    assert autotts("promote", "esc", "--as", "champion")[0] == 0
+    assert Registry(tmp_path / "folder").read().default.champion == Spec("esc").digest
+    monkeypatch.delenv("AUTOTTS_REGISTRY")
+    status, output = autotts("rollback")
+    assert (status, f"{place}: the configured controller is the champion" in output) == (0, True)
+    assert QUOTED_PASSWORD not in output
+
+
+@pytest.mark.process
+def test_a_database_that_cannot_be_reached_is_reported_in_one_line(postgres: PostgresServer) -> None:
+    away = DatabaseUrl(postgres.url("none").text.replace(str(postgres.port), "1"))
+    status, output = autotts("controllers", "--registry", str(away))
+    assert (status, output) == (
+        2,
+        f"autotts: {away}: cannot reach the server: Connect call failed ('127.0.0.1', 1); check that it runs",
+    )
+
+
+def test_a_registry_has_its_ledger_beside_it() -> None:
+    assert default_ledger(Path("registry")) == Path("registry/ledger.jsonl")
+    assert default_ledger(URL) == URL
+
+
+def test_urls_with_different_passwords_cannot_both_be_passed_on() -> None:
+    mine, other = parse_place("postgresql://me:a@host/db"), parse_place("postgresql://me:b@other/db")
+    assert child_environment(mine, URL, Path("x"), None, environment={}) == {"PGPASSWORD": "a"}
+    with pytest.raises(StoreError, match=r"me@host/db and .*me@other/db have different passwords; .*pgpass"):
+        child_environment(mine, other, environment={})

@@ -1,0 +1,1 @@
+"""Packages of the project: built as for a release, installed elsewhere and used from there."""

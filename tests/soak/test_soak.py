@@ -1,0 +1,103 @@
+"""The soak itself: it notices wrong ends, wrong bills and repeated ids, and its relay spoils what it should."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.fakes import MODEL, FakeVLLM
+from tests.faults.processes import until
+from tests.soak.measurements import HealthProbe, p99_ms
+from tests.soak.relay import FAULTS, Relay
+from tests.soak.run import SoakReport
+from tests.soak.traffic import CHAT, Client, Kind, Tally, last_event
+
+ASKED = Kind("chat", CHAT, {})
+
+
+def stream(*events: dict[str, Any], ends: int = 1) -> str:
+    return "".join(f"data: {json.dumps(event)}\n\n" for event in events) + ends * "data: [DONE]\n\n"
+
+
+def test_the_usage_of_a_stream_is_found() -> None:
+    first, last = {"id": "r", "usage": None}, {"id": "r", "usage": {"completion_tokens": 3}}
+    assert last_event(stream(first, last)) == {"id": "r", "usage": {"completion_tokens": 3}}
+    completed = {"type": "response.completed", "response": {"id": "r"}}
+    assert last_event(stream({"type": "response.created"}, completed, ends=0)) == {"id": "r"}
+    assert last_event(stream(first, {"error": {"message": "the upstream failed"}})) is None
+
+
+@pytest.mark.parametrize("ends", [0, 2])
+def test_a_stream_must_end_once(ends: int) -> None:
+    with pytest.raises(ValueError, match=f"{ends} ends"):
+        last_event(stream({"id": "r"}, ends=ends))
+
+
+def judged(status: int, reply: dict[str, Any], kind: Kind = ASKED, tally: Tally | None = None) -> Tally:
+    """Return what a client notes of one response."""
+    tally = Tally() if tally is None else tally
+    client = Client("", None, random.Random(1), tally)  # type: ignore[arg-type]
+    tally.outcomes[client._judge(kind, status, "true", json.dumps(reply))] += 1
+    return tally
+
+
+def reply(total: int, key: str = "a") -> dict[str, Any]:
+    return {"id": key, "usage": {"completion_tokens": 3}, "tts": {"tokens": {"total": total, "winner": 3}}}
+
+
+def test_a_client_notices_wrong_bills_repeated_ids_and_errors_without_a_message() -> None:
+    assert judged(200, reply(3)).bills == {"a": (3, 3)}
+    assert "does not add up" in judged(200, reply(4)).faults[0]
+    assert "answered twice" in judged(200, reply(3), tally=judged(200, reply(3))).faults[0]
+    assert judged(503, {"error": {"message": "the upstream failed"}}).faults == []
+    assert "without a message" in judged(503, {}).faults[0]
+    assert "a bad request got 200" in judged(200, reply(3), ASKED._replace(bad=True)).faults[0]
+
+
+def test_the_report_notices_requests_that_did_not_end() -> None:
+    report = SoakReport()
+    report.add(Tally(sent=Counter({"chat": 2}), outcomes=Counter({"answered": 1})))
+    assert report.faults == ["2 requests were sent and 1 ended"]
+    report.add(judged(200, reply(3)))
+    report.add(judged(200, reply(3)))
+    assert "the id a was answered twice" in report.faults
+    assert "WRONG: 2 requests" in report.text()
+
+
+async def test_the_relay_passes_requests_on_and_spoils_its_share() -> None:
+    async with FakeVLLM().serve() as backend, aiohttp.ClientSession() as http:
+        relay = Relay(backend.url, random.Random(1))
+        async with relay.serve():
+            body = {"model": MODEL, "messages": []}
+
+            async def status() -> int:
+                try:
+                    async with http.post(f"{relay.url}{CHAT}", json=body) as response:
+                        await response.read()
+                        return response.status
+                except aiohttp.ClientError:
+                    return 0
+
+            assert [await status() for _ in range(5)] == [200] * 5
+            relay.share = 1.0
+            assert {await status() for _ in range(40)} == {0, 200, 500, 503}  # 200: what is not JSON
+            assert set(relay.faults) == set(FAULTS)
+            async with http.get(f"{relay.url}/v1/models") as response:  # these are never spoilt
+                assert response.status == 200
+
+
+@pytest.mark.process
+async def test_the_health_of_a_server_is_asked_beside_that_of_an_idle_one() -> None:
+    async with FakeVLLM().serve() as backend:
+        with HealthProbe(backend.url) as health:
+            await until(lambda: len(health.control_seconds) >= 2)
+            backend.is_well = False
+            await until(lambda: bool(health.failures))
+    assert health.failures[0] == "status 503"
+    assert p99_ms(health.seconds) > 0
+    assert p99_ms([0.001] * 99 + [9.0]) == 1.0
