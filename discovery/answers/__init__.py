@@ -6,7 +6,7 @@ decide. Replay grades recordings and the proxy reads probes and replies with the
 Imported by everything in `discovery` and `proxy`.
 """
 
-from discovery.answers.extraction import PATTERN_S, Answer, boxed, read_answer
+from discovery.answers.extraction import PATTERN_S, Answer, boxed, canonical_answer, read_answer
 from discovery.answers.forms import CanonicalForm, FormType, canonical
 from discovery.answers.judge import Judge
 from discovery.answers.kinds import AUTO, AnswerKind, ExtractionMethod, parse_kind
@@ -28,6 +28,7 @@ __all__ = [
     "Labels",
     "boxed",
     "canonical",
+    "canonical_answer",
     "is_redacted",
     "medoid",
     "parse_kind",

@@ -94,6 +94,12 @@ def read_answer(text: str, kind: AnswerKind = AUTO, *, seconds: float = PATTERN_
             return None
 
 
+def canonical_answer(text: str, kind: AnswerKind = AUTO) -> str | None:
+    """Return the canonical form of the final answer of `text`; None if there is none that can be read."""
+    answer = read_answer(text, kind)
+    return None if answer is None else answer.form.text
+
+
 def boxed(text: str) -> str | None:
     r"""Return the content of the last complete `\boxed{…}` of `text`, with balanced braces; None if there is none."""
     span = _last_box(text)

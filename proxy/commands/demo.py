@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from deploy.embedded.task import Problem, held_back
-from discovery.answers import read_answer
+from discovery.answers import canonical_answer
 from discovery.evaluation.paired_statistics import NORMAL_95
 from discovery.evaluation.plot import Panel, PlotPoint, draw_frontiers
 from discovery.evaluation.score_set import cheapest_at_accuracy
@@ -99,9 +99,8 @@ async def _ask(client: AsyncOpenAI, setting: DemoSetting, problem: Problem) -> A
         temperature=omit if setting.temperature is None else setting.temperature,
     )
     seconds = time.perf_counter() - started
-    answer = read_answer(reply.parse().choices[0].message.content or "")
     headers = reply.headers
-    right = answer is not None and answer.form.text == problem.answer
+    right = canonical_answer(reply.parse().choices[0].message.content or "") == problem.answer
     return AnsweredRequest(right, int(headers["x-tts-tokens"]), int(headers["x-tts-branches"]), seconds)
 
 

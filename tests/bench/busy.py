@@ -21,7 +21,7 @@ import aiohttp
 
 from controllers.builtin import DEFAULT
 from deploy.embedded.task import LENGTHS, Problem, held_back
-from discovery.answers import read_answer
+from discovery.answers import canonical_answer
 from tests.bench.live import MODEL, embedded_model
 from tests.bench.process_usage import listener, processor_seconds, tree_seconds
 from tests.bench.real_load import CHAMPION, SEED
@@ -136,8 +136,8 @@ def _ask(http: aiohttp.ClientSession, policy: Policy, upstream: str, proxy: str)
     async def ask(problem: Problem) -> bool:
         message = {"role": "user", "content": problem.question}
         reply = await chat(http, url, {"model": MODEL, "messages": [message], **fields})
-        answers = [read_answer(choice["message"]["content"] or "") for choice in reply["choices"]]
-        votes = Counter(answer.form.text for answer in answers if answer is not None)
+        answers = [canonical_answer(choice["message"]["content"] or "") for choice in reply["choices"]]
+        votes = Counter(answer for answer in answers if answer is not None)
         return bool(votes) and votes.most_common(1)[0][0] == problem.answer
 
     return ask

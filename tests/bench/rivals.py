@@ -22,7 +22,7 @@ import numpy as np
 from openai import AsyncOpenAI
 
 from deploy.embedded.task import Problem, held_back
-from discovery.answers import read_answer
+from discovery.answers import canonical_answer
 from discovery.evaluation.paired_statistics import NORMAL_95
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
@@ -102,10 +102,7 @@ async def _measure(upstream: str, name: str, ask: Ask, problems: Sequence[Proble
     before = await generated_tokens(upstream)
     replies = await ask(problems)
     tokens = (await generated_tokens(upstream) - before) / len(problems)
-    right = [
-        (answer := read_answer(text)) is not None and answer.form.text == problem.answer
-        for (text, _), problem in zip(replies, problems, strict=True)
-    ]
+    right = [canonical_answer(text) == problem.answer for (text, _), problem in zip(replies, problems, strict=True)]
     share = statistics.fmean(right)
     half = 100 * NORMAL_95 * math.sqrt(share * (1 - share) / len(right))
     return RivalPoint(name, 100 * share, half, tokens, statistics.median(seconds for _, seconds in replies))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from discovery.answers import parse_kind, read_answer
+from discovery.answers import canonical_answer
 from proxy.errors import SettingsError
 from proxy.probe_templates import LEAD, TEMPLATES, Family, template_for
 from proxy.settings import load
@@ -82,8 +82,7 @@ def test_a_plain_model_never_has_a_thought() -> None:
 )
 def test_a_probe_is_read_to_the_closing_brace(family: Family, continuation: str, answer: str | None) -> None:
     text = TEMPLATES[family].answered(continuation)
-    answer_read = None if text is None else read_answer(text, parse_kind("auto"))
-    assert (None if answer_read is None else answer_read.form.text) == answer
+    assert (None if text is None else canonical_answer(text)) == answer
 
 
 def test_an_overridden_template_has_its_own_name() -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-from discovery.answers import read_answer
+from discovery.answers import canonical_answer
 from proxy.server import running
 from proxy.settings import load
 from tests.real_model.model import DTYPE, NAME, server
@@ -74,8 +74,7 @@ class Reply(NamedTuple):
     @property
     def number(self) -> str | None:
         """The answer that the text states, in its canonical form; None if there is none."""
-        answer = read_answer(self.text)
-        return None if answer is None else answer.form.text
+        return canonical_answer(self.text)
 
 
 class RealModel:

@@ -13,7 +13,7 @@ from openai import AsyncOpenAI
 
 from deploy.embedded.server import SERVED_MODEL_NAME
 from deploy.embedded.task import Problem
-from discovery.answers import read_answer
+from discovery.answers import canonical_answer
 from discovery.evaluation.paired_statistics import NORMAL_95
 
 CONCURRENCY: Final = 8
@@ -63,8 +63,7 @@ async def _ask(client: AsyncOpenAI, problem: Problem, beta: float) -> LiveAnswer
         extra_headers={"x-tts-beta": f"{beta:g}"},
     )
     details: dict[str, Any] = (reply.model_extra or {})["tts"]
-    answer = read_answer(reply.choices[0].message.content or "")
-    right = answer is not None and answer.form.text == problem.answer
+    right = canonical_answer(reply.choices[0].message.content or "") == problem.answer
     return LiveAnswer(right, details["tokens"]["total"], details["controller"], details["stage"])
 
 
