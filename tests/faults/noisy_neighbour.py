@@ -15,7 +15,6 @@ import asyncio
 import json
 import math
 import os
-import re
 import resource
 import statistics
 import sys
@@ -33,6 +32,7 @@ from rich.table import Table
 
 from proxy.admission import api_keys
 from proxy.upstream.embedded import free_port
+from tests.bench.process_usage import peak_bytes, resident_bytes
 from tests.faults.attackers import ATTACKS, DOUBTFUL, INTERVAL, SPINNER, Target, chat
 
 ROOT: Final = Path(__file__).parents[2]
@@ -174,12 +174,6 @@ async def _read_line(process: asyncio.subprocess.Process) -> bytes:
     return b"" if process.stdout is None else (await process.stdout.readline()).strip()
 
 
-def _memory_mib(pid: int, field_name: str) -> int:
-    lines = Path(f"/proc/{pid}/status").read_text()
-    match = re.search(rf"{field_name}:\s+(\d+) kB", lines)
-    return int(match[1]) // 1024 if match else 0
-
-
 async def measure(attack: str, seconds: float, folder: Path) -> Outcome:
     """Run one attack against a fresh proxy."""
     attacker_token, victim_token = api_keys.generate_key(), api_keys.generate_key()
@@ -205,13 +199,13 @@ async def measure(attack: str, seconds: float, folder: Path) -> Outcome:
             await _wait_until_ready(url, proxy)
             victim = Victim(url, victim_token)
             await victim.run(WARM_UP_S)
-            before = _memory_mib(proxy.pid, "VmRSS")
+            before = resident_bytes(proxy.pid) >> 20
             victim = Victim(url, victim_token)
             target = json.dumps(Target("127.0.0.1", port, attacker_token, proxy.pid))
             async with _process("tests.faults.attackers", attack, target) as attacker:
                 await victim.run(seconds)
                 is_dead = proxy.returncode is not None
-                peak = 0 if is_dead else _memory_mib(proxy.pid, "VmHWM")
+                peak = 0 if is_dead else peak_bytes(proxy.pid) >> 20
                 attacker.terminate()
                 statuses = (await _read_line(attacker)).decode()
             return Outcome(attack, victim, (before, peak), statuses, is_dead)

@@ -23,6 +23,7 @@ from discovery.commands.promote import promote_known
 from discovery.promotion.registry import ChangeCause, Registry
 from discovery.store import DatabaseUrl
 from proxy.upstream.embedded import free_port
+from tests.bench.process_usage import resident_bytes
 from tests.discovery.store.outside import run_sql
 from tests.fakes import MODEL, FakeVLLM, chain
 from tests.faults.processes import Command, Forker, forking, until
@@ -168,8 +169,7 @@ def descriptors(pids: list[int]) -> int:
 
 
 def resident_mb(pids: list[int]) -> float:
-    lines = [line for pid in pids for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
-    return sum(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1024
+    return sum(map(resident_bytes, pids)) / 2**20
 
 
 def most_within_a_minute(spent: list[tuple[float, int]]) -> int:
