@@ -36,7 +36,6 @@ class ChatOutput(Output):
     """The reply of a chat completion so far. Its texts are exactly those of the server."""
 
     finish_reason: str | None = None  # as the server sent it
-    stop_reason: int | str | None = None  # stop string or stop token that ended it
     contents: list[str] = field(default_factory=list)  # pieces of the content
     thoughts: list[str] = field(default_factory=list)  # pieces of the reasoning
     tool_calls: dict[int, ToolCallParts] = field(default_factory=dict)  # by index
@@ -138,7 +137,7 @@ def _add_choice(output: ChatOutput, choice: Mapping[str, Any]) -> None:
             raise TypeError
         output.logprobs += values
     if choice.get("finish_reason") is not None:
-        output.finish_reason, output.stop_reason = _text(choice["finish_reason"]), choice.get("stop_reason")
+        output.finish_reason = _text(choice["finish_reason"])
         output.finish = FINISH_REASONS.get(output.finish_reason, "stop")
 
 

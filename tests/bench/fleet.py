@@ -86,7 +86,6 @@ class Outcome(NamedTuple):
     seconds: float  # from the first counted arrival to the last counted end
     latencies_s: Sequence[float]  # of the requests that were served, sorted
     replica_busy: float  # share of the time in which a replica runs something, averaged over replicas
-    proxy_busy: float  # the same of proxy processes
     most_per_key: int  # most tokens that one key spent within a minute
 
     @property
@@ -198,14 +197,12 @@ class _ProxyProcess:
     """A process that works on one thing at a time, in order."""
 
     def __init__(self, clock: _Clock) -> None:
-        self.busy_s = 0.0
         self._clock = clock
         self._free_at = 0.0
 
     def work(self, seconds: float, then: Callable[[], None]) -> None:
         """Work for `seconds` as soon as everything before is done, and call `then` after that."""
         self._free_at = max(self._free_at, self._clock.now) + seconds
-        self.busy_s += seconds
         self._clock.at(self._free_at, then)
 
 
@@ -315,7 +312,6 @@ class Simulation:
             seconds=seconds,
             latencies_s=sorted(end - request.arrived for end, request in zip(ends, served, strict=True)),
             replica_busy=sum(replica.busy_s for replica in self._replicas) / whole / len(self._replicas),
-            proxy_busy=sum(process.busy_s for process in self._processes) / whole / len(self._processes),
             most_per_key=_most_within_a_minute(asked),
         )
 
