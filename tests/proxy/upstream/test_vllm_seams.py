@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 from typing import Any
 
 import aiohttp
@@ -31,7 +30,9 @@ pytestmark = pytest.mark.vllm
 MODEL = server.SERVED_MODEL_NAME
 SEAMS = int(os.environ.get("SOAK_SEAMS", "60"))
 """Number of requests that continue a branch, in each random test."""
-SECRET = "SECRET: \\boxed{4711}"
+CODE = "47xz11"
+"""Code with letters that no hexadecimal identifier contains, as the ids of replies do."""
+SECRET = f"SECRET: \\boxed{{{CODE}}}"
 LETTERS = "é£ßж€漢字語😀🎉𝄞🀄ghj"
 """Characters of 1 to 4 bytes that do not occur in the secret."""
 ROUNDS = 20
@@ -90,7 +91,7 @@ async def test_text_generated_one_token_per_request_equals_the_text_decoded_at_o
                 assert part.ids == ids
                 assert part.text == tokenizer.decode(ids).rstrip(BROKEN)
                 assert text.startswith(part.text[1:])
-            assert not any("SECRET" in text or "4711" in text for text in texts_in(env, rounds))
+            assert not any("SECRET" in text or CODE in text for text in texts_in(env, rounds))
 
 
 async def played(env: LiveEnvironment, actions: list[Any]) -> Round:
@@ -122,11 +123,11 @@ async def test_random_bytes_after_a_cut_character_leak_no_text_of_the_prompt(vll
             assert not any(letter in text for text in texts_in(env, rounds) for letter in SECRET)
 
 
-@pytest.mark.parametrize("stop", [None, ["zzz", "4711"]])
+@pytest.mark.parametrize("stop", [None, ["zzz", CODE]])
 @pytest.mark.parametrize("controller", ["cmc", "parallel_probe", "answer_consistency", "self_consistency"])
 async def test_replies_contain_no_text_of_their_prompt(vllm: str, controller: str, stop: list[str] | None) -> None:
     question = held_back(1)[0].question
-    secret_prompt = f"SECRET: the vault code is \\boxed{{4711}}. {question}"
+    secret_prompt = f"SECRET: the vault code is \\boxed{{{CODE}}}. {question}"
     messages = [{"role": "system", "content": secret_prompt[:40]}, {"role": "user", "content": question}]
     shared = {
         "seed": 11,
@@ -148,4 +149,4 @@ async def test_replies_contain_no_text_of_their_prompt(vllm: str, controller: st
                 assert response.status == 200, text
                 assert "SECRET" not in text
                 assert "vault" not in text
-                assert "4711" not in re.sub(r"\"created\":\d+", "", text)  # a time may hold these digits
+                assert CODE not in text
