@@ -11,21 +11,20 @@ llhttp refuses request smuggling by framing: two lengths, a length beside chunks
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from typing import Any, Final, NamedTuple
-from uuid import uuid4
+from urllib.parse import unquote
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from proxy import errors
 from proxy.errors import ApiError, BadRequest, TooManyConnections, TooSlow
 from proxy.http.connections import Connections
-from proxy.http.flow_control import ResponseTransport, UnboundedLength, WriteTimeoutFlow
+from proxy.http.flow_control import WriteTimeoutFlow
 from proxy.http.request_head import (
     METHODS,
     MOST_HEAD_BYTES,
@@ -36,6 +35,7 @@ from proxy.http.request_head import (
     serialise_head,
     without_upgrade,
 )
+from proxy.http.response_cycle import FAULTS, ResponseCycle, error_response
 from proxy.tested_versions import has_tested_internals
 
 logger = logging.getLogger(__name__)
@@ -52,31 +52,12 @@ LINGER_S: Final = 2.0
 """Seconds for which input is read and dropped after an early response, so that the client can read the response."""
 
 
-def error_response(error: ApiError) -> bytes:
-    """Return the bytes of an error response to a request that did not reach the app. It closes the connection."""
-    content = json.dumps(errors.body(error)).encode()
-    headers = {
-        "content-type": "application/json",
-        "content-length": str(len(content)),
-        "x-request-id": f"req-{uuid4().hex}",
-        **error.headers,
-        "connection": "close",
-    }
-    lines = [f"HTTP/1.1 {error.status.value} {error.status.phrase}", *(f"{k}: {v}" for k, v in headers.items())]
-    return "\r\n".join([*lines, "", ""]).encode() + content
-
-
 class Stage(Enum):
     """Part of a request that is being read."""
 
     IDLE = 0  # nothing has begun
     HEAD = 1
     BODY = 2
-
-
-_FAULTS: Final = logging.getLogger("uvicorn.error.edge")
-"""Logger for uvicorn's own messages. It logs errors only, because this module logs why requests are refused."""
-_FAULTS.setLevel(logging.ERROR)
 
 
 class ConnectionLimits(NamedTuple):
@@ -101,11 +82,13 @@ class HttpProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, context: ProtocolContext, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.logger = _FAULTS
+        self.logger = FAULTS
         self._limits = context.limits
         self._table = context.connections
         self._on_event = context.on_event
-        self._cycles: list[RequestResponseCycle] = []  # possibly unanswered, in order
+        self._cycles: list[ResponseCycle] = []  # possibly unanswered, in order
+        self._is_sent = asyncio.Future[None](loop=self.loop)  # of every message of a response that is written at once
+        self._is_sent.set_result(None)
         self._stage = Stage.IDLE
         self._bytes_since_progress = 0  # bytes since the parser last completed anything
         self._is_deaf = False  # drop further input
@@ -192,31 +175,58 @@ class HttpProtocol(HttpToolsProtocol):
         if len(self.headers) == MOST_HEADERS:
             self._parse_error = head_too_large()
             raise self._parse_error
-        super().on_header(name, value)
+        name = name.lower()
+        if name == b"expect":
+            self.expect_100_continue = value.lower() == b"100-continue"
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
+        parser = self.parser
+        version, method = parser.get_http_version(), parser.get_method()
         try:
-            check_head(self.parser.get_http_version(), self.url, self.headers)
+            check_head(version, self.url, self.headers)
         except ApiError as error:
             self._parse_error = error
             raise
         self._bytes_since_progress = 0
-        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+        if parser.should_upgrade() and method != b"CONNECT":
             self._offers_upgrade = True
             return
-        self._cycles = self._unanswered()
-        super().on_headers_complete()
+        cycle = self._begin_cycle(version, method)
         self._stage = Stage.BODY
-        self.cycle.transport = ResponseTransport(self.transport, self.cycle, self._finish)  # type: ignore[assignment]
-        self._cycles.append(self.cycle)
-        if self.scope["http_version"] == "1.0":
-            self.cycle.chunked_encoding, self.cycle.expected_content_length = False, UnboundedLength()
-        if len(self._cycles) > 1:
-            self.flow.resume_reading()  # otherwise a disconnect would not be noticed
-        if len(self._cycles) > MOST_WAITING:
-            self._end()
         self._body_began, self._body_bytes, self._pieces = self.loop.time(), 0, 0
         self._wait(min(BODY_GRACE_S, self._limits.body_s))
+        self._cycles = [*self._unanswered(), cycle]
+        if len(self._cycles) == 1:
+            self._start_asgi_task(cycle, self.app)  # type: ignore[arg-type]
+            return
+        self.pipeline.appendleft((cycle, self.app))  # type: ignore[arg-type]
+        self.flow.resume_reading()  # otherwise a disconnect would not be noticed
+        if len(self._cycles) > MOST_WAITING:
+            self._end()
+
+    def _begin_cycle(self, version: str, method: bytes) -> ResponseCycle:
+        """Complete the scope of the current request, and return the request with its response."""
+        raw_path, _, query = self.url.partition(b"?")
+        path = raw_path.decode("ascii")
+        scope: dict[str, Any] = self.scope  # type: ignore[assignment]
+        scope["method"] = method.decode("ascii")
+        scope["http_version"] = version
+        scope["path"] = unquote(path) if "%" in path else path
+        scope["raw_path"] = raw_path
+        scope["query_string"] = query
+        cycle = self.cycle = ResponseCycle(  # type: ignore[assignment]
+            scope,
+            self.transport,
+            self.flow,
+            default_headers=self.server_state.default_headers,
+            expects_continue=self.expect_100_continue,
+            keep_alive=version != "1.0" and self.parser.should_keep_alive(),
+            is_sent=self._is_sent,
+            on_response=self.on_response_complete,
+            close=self._finish,
+        )
+        return cycle
 
     def on_body(self, body: bytes) -> None:
         self._bytes_since_progress = 0
@@ -226,7 +236,12 @@ class HttpProtocol(HttpToolsProtocol):
             problem = f"the body arrives in pieces of less than {LEAST_PIECE} bytes; send larger ones"
             self._parse_error = BadRequest(problem, code="bad_http")
             raise self._parse_error
-        super().on_body(body)
+        cycle = self.cycle
+        if not cycle.response_complete:
+            cycle.body += body
+            if len(cycle.body) > HIGH_WATER_LIMIT:
+                self.flow.pause_reading()
+            cycle.message_event.set()
 
     def on_message_complete(self) -> None:
         if self._offers_upgrade:
@@ -234,8 +249,10 @@ class HttpProtocol(HttpToolsProtocol):
         self._stage = Stage.IDLE
         self._bytes_since_progress = 0
         self._wait(None)
-        super().on_message_complete()
-        if not self.cycle.response_complete:
+        cycle = self.cycle
+        if not cycle.response_complete:
+            cycle.more_body = False
+            cycle.message_event.set()
             self._table.serve(self)
 
     def on_response_complete(self) -> None:
@@ -282,12 +299,12 @@ class HttpProtocol(HttpToolsProtocol):
             return False
         self.cycle.disconnected = True  # the app sees a disconnect
         self.cycle.message_event.set()
-        self._cycles.remove(self.cycle)
+        self._cycles.remove(self.cycle)  # type: ignore[arg-type]
         if self._unanswered():
             self.pipeline.popleft()
         return True
 
-    def _unanswered(self) -> list[RequestResponseCycle]:
+    def _unanswered(self) -> list[ResponseCycle]:
         return [cycle for cycle in self._cycles if not cycle.response_complete]
 
     def _end(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 from urllib.parse import unquote
 
@@ -14,6 +15,8 @@ Headers = Sequence[tuple[bytes, bytes]]
 MOST_HEADERS: Final = 100
 MOST_HEAD_BYTES: Final = 32 * 2**10
 """Maximum bytes of a request's target and headers together."""
+MOST_REMEMBERED: Final = 256
+"""Number of targets, and of values of Host, that are known to be valid. Clients send few different ones."""
 SINGLE_HEADERS: Final = (
     b"authorization",
     b"x-api-key",
@@ -46,7 +49,7 @@ _HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5
 
 def check_head(version: str, target: bytes, headers: Headers) -> None:
     """Raise BadRequest if a request's head is ambiguous or invalid."""
-    if len(headers) > MOST_HEADERS or len(target) + sum(len(n) + len(v) + 4 for n, v in headers) > MOST_HEAD_BYTES:
+    if len(headers) > MOST_HEADERS or len(target) + sum([len(n) + len(v) + 4 for n, v in headers]) > MOST_HEAD_BYTES:
         raise head_too_large()
     names = [name for name, _ in headers]
     if version not in ("1.0", "1.1"):
@@ -56,18 +59,25 @@ def check_head(version: str, target: bytes, headers: Headers) -> None:
             "HTTP/1.0 does not support transfer-encoding; use HTTP/1.1", param="transfer-encoding", code="bad_header"
         )
     hosts = [value for name, value in headers if name == b"host"]
-    if len(hosts) != 1 or not _HOST.fullmatch(hosts[0]):
+    if len(hosts) != 1 or not _is_host(hosts[0]):
         raise BadRequest(
             "a request must have exactly one Host header of the form NAME or NAME:PORT", param="host", code="bad_host"
         )
-    for name in SINGLE_HEADERS:
-        if names.count(name) > 1:
-            raise BadRequest(
-                f"{name.decode()} is given more than once; send it once", param=name.decode(), code="bad_header"
-            )
+    if len(set(names)) < len(names):
+        for name in SINGLE_HEADERS:
+            if names.count(name) > 1:
+                raise BadRequest(
+                    f"{name.decode()} is given more than once; send it once", param=name.decode(), code="bad_header"
+                )
     check_target(target)
 
 
+@lru_cache(MOST_REMEMBERED)
+def _is_host(value: bytes) -> bool:
+    return _HOST.fullmatch(value) is not None
+
+
+@lru_cache(MOST_REMEMBERED)
 def check_target(target: bytes) -> None:
     """Raise BadRequest unless `target` is an unambiguous path, with or without a query."""
     if not _TARGET.fullmatch(target) or b"#" in target:

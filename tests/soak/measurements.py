@@ -62,7 +62,7 @@ class IdleResources(NamedTuple):
         grown = []
         if self.descriptors > before.descriptors + OWN_REQUESTS:
             grown.append(f"{before.descriptors} -> {self.descriptors} descriptors")
-        if more := Counter(self.tasks) - Counter([*before.tasks, *OWN_REQUESTS * ["RequestResponseCycle.run_asgi"]]):
+        if more := Counter(self.tasks) - Counter([*before.tasks, *OWN_REQUESTS * ["ResponseCycle.run_asgi"]]):
             grown.append(f"more tasks: {dict(more)}")
         if self.processes > before.processes:
             grown.append(f"{before.processes} -> {self.processes} processes")
