@@ -59,6 +59,7 @@ class _KeyEntry(BaseModel):
     sha256: Annotated[list[Hash], Field(min_length=1, max_length=8), BeforeValidator(_as_list)]
     admin: Annotated[bool, Field(strict=True)] = False
     priority: Annotated[bool, Field(strict=True)] = False
+    beta: Annotated[float, Field(ge=0, le=1, strict=True)] | None = None
     branches: PositiveInt | None = None
     tokens: PositiveInt | None = None
     tokens_per_minute: PositiveInt | None = None
@@ -81,6 +82,7 @@ class Key(NamedTuple):
     is_admin: bool
     caps: Caps
     has_priority: bool = False  # it may set `priority` and the headers of inference gateways
+    beta: float | None = None  # of requests that set none
 
     @property
     def tenant(self) -> str:
@@ -192,7 +194,7 @@ def _parse_entry(path: Path, text: str, name: str, value: object) -> Key:
         )
         raise _entry_error(path, text, name, f"{field}: {problem}") from None
     caps = Caps(entry.branches, entry.tokens, entry.tokens_per_minute, entry.episodes)
-    return Key(name, tuple(entry.sha256), entry.admin, caps, entry.priority)
+    return Key(name, tuple(entry.sha256), entry.admin, caps, entry.priority, entry.beta)
 
 
 def _entry_error(path: Path, text: str, name: str, problem: str) -> SettingsError:

@@ -43,6 +43,7 @@ class Caller(NamedTuple):
     caps: Caps = Caps()
     salt: str | None = None  # isolates its entries in the upstream's prefix cache; None if the cache is shared
     has_priority: bool = False  # its key may set `priority` and the headers of inference gateways
+    beta: float | None = None  # its key's, for requests that set none
 
     def may_see(self, tenant: str) -> bool:
         """Return whether it may see the requests of `tenant`."""
@@ -98,10 +99,8 @@ class Authenticator:
             return Caller(_anonymous(token), False)
         key = self.keyring.find(token) if token else None
         if key is None:
-            raise Unauthorised(
-                "unknown API key" if token else "missing API key; send it as a bearer token",
-                code="invalid_api_key",
-            )
+            problem = "unknown API key; send a key of this proxy" if token else "missing API key; send it"
+            raise Unauthorised(f"{problem} as a bearer token", code="invalid_api_key")
         return self._caller(key)
 
     def identify_hash(self, token_hash: str) -> Caller | None:
@@ -153,7 +152,7 @@ class Authenticator:
 
     def _caller(self, key: api_keys.Key) -> Caller:
         caps = key.caps if self._processes == 1 else key.caps.share(self._processes)
-        return Caller(key.tenant, key.is_admin, key.name, caps, self._salt(key.tenant), key.has_priority)
+        return Caller(key.tenant, key.is_admin, key.name, caps, self._salt(key.tenant), key.has_priority, key.beta)
 
     def _salt(self, tenant: str) -> str | None:
         """Return the tenant's cache salt. Only this proxy can compute it, so cache hits reveal no other's prompts."""

@@ -166,7 +166,8 @@ class RequestSlots:
     def token_bound(self, request: Request, parsed: GenerationRequest, model: Model) -> TokenBound:
         """Return the token bound of a forwarded request. Raises BadRequest if it exceeds the caller's limits."""
         caller: Caller = request.state.caller
-        return bound_request(parsed, caller.caps.within(self._common), model.max_length, caller.key, caller.caps)
+        caps = caller.caps.within(self._common)
+        return bound_request(parsed, caps, model.max_length, caller.key, caller.caps, parsed.tts.max_total_tokens)
 
     async def acquire_passthrough(self, request: Request, model: str, bound: TokenBound | None) -> PassthroughSlot:
         """Return a slot for a forwarded request. Without `bound` the request generates nothing.

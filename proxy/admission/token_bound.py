@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
-from proxy.admission.token_budget import Caps, request_limit
+from proxy.admission.token_budget import Caps, request_limit, smaller
 from proxy.errors import BadRequest
 from proxy.requests.anthropic_request import MessagesRequest
 from proxy.requests.chat_request import ChatRequest
@@ -65,25 +65,33 @@ class _CallerCaps(NamedTuple):
     all: Caps  # of the key and the server together
     key: str  # name of the key, for error messages
     own: Caps  # of the key
+    requested: int | None  # tts.max_total_tokens
 
     def check(self, reason: str, param: str, each: int, completions: int) -> None:
         """Raise BadRequest, naming the cap and its source, if `completions` of `each` tokens do not fit."""
-        cap, source = request_limit(each * completions, self.key, self.own, self.all)
-        if cap == each * completions:
+        total_tokens = each * completions
+        cap, source = request_limit(smaller(self.requested, total_tokens), self.key, self.own, self.all)
+        if cap == total_tokens:
             return
         period = "a minute" if "minute" in source.lower() else "a request"
-        total = f" for each of {completions} completions, {each * completions} tokens in all" if completions > 1 else ""
+        total = f" for each of {completions} completions, {total_tokens} tokens in all" if completions > 1 else ""
         raise BadRequest(f"{reason}{total}; {source} is {cap} tokens {period}", param=param, code="cap_too_small")
 
 
 def bound_request(
-    request: GenerationRequest, caps: Caps, model_length: int, key: str = "", own: Caps | None = None
+    request: GenerationRequest,
+    caps: Caps,
+    model_length: int,
+    key: str = "",
+    own: Caps | None = None,
+    requested: int | None = None,
 ) -> TokenBound:
     """Return the bound on `request` under `caps`, for a model of `model_length` tokens (0 if unknown).
 
-    `own` are the caps of the request's `key`, which `caps` include. Raises BadRequest, naming the field and the cap.
+    `own` are the caps of the request's `key`, which `caps` include. `requested` is the request's own cap. Raises
+    BadRequest, naming the field and the cap.
     """
-    if caps.tokens is None and caps.tokens_per_minute is None:
+    if caps.tokens is None and caps.tokens_per_minute is None and requested is None:
         return UNBOUNDED
     _check_tools(request)
     extra = request.model_extra or {}
@@ -91,7 +99,7 @@ def bound_request(
     if isinstance(request, CompletionRequest):
         completions *= _count_prompts(request)
     put: dict[str, Any] = {}
-    each = _limit_each(request, _CallerCaps(caps, key, own or Caps()), model_length, completions, put)
+    each = _limit_each(request, _CallerCaps(caps, key, own or Caps(), requested), model_length, completions, put)
     reports_usage = isinstance(request, ResponsesRequest | MessagesRequest)  # at the end of every stream
     adds_usage = bool(request.stream) and not reports_usage and not request.wants_usage
     if adds_usage:
@@ -123,7 +131,7 @@ def _limit_each(
         caps.check(f"{name} is {each}", name, each, completions)
         return each
     default = DEFAULT_MAX_TOKENS if isinstance(request, CompletionRequest) else None
-    cap = caps.all.cap(None if default is None else default * completions) or 0
+    cap = caps.all.cap(smaller(caps.requested, None if default is None else default * completions)) or 0
     each = max(1, cap // completions if default is None else min(default, cap // completions))
     caps.check(
         "at least 1 token is needed",

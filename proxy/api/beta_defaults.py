@@ -20,9 +20,13 @@ class BetaDefaults:
         self._default = default
         self._champion = champion  # returns the champion of a model
 
-    def default_for(self, model: str) -> float | None:
-        """Return the β of requests that set none: the operator's, capped at the largest useful β of the calibration."""
-        return None if self._default is None else min(self._default, self._map(model).cap)
+    def default_for(self, model: str, own: float | None = None) -> float | None:
+        """Return the β of requests that set none, capped at the largest useful β of the calibration.
+
+        It is the `own` one of the caller's key, or else the operator's.
+        """
+        default = self._default if own is None else own
+        return None if default is None else min(default, self._map(model).cap)
 
     def beta_for_tokens(self, model: str, options: TtsOptions) -> float:
         """Return the β at which requests cost `options.target_tokens` on average.
@@ -38,7 +42,11 @@ class BetaDefaults:
             calibrated = ", ".join(each.controller for each in first.all)
             wanted = f"but {champion.name} serves this request" if name is None else f"not {name}"
             reason = f"model {model!r} was calibrated for {calibrated}, {wanted}"
-        raise BadRequest(f"{reason}; set tts.beta instead", param="tts.target_tokens", code="no_calibration")
+        raise BadRequest(
+            f"{reason}; set tts.beta instead, and tts.max_total_tokens to limit the tokens of a request",
+            param="tts.target_tokens",
+            code="no_calibration",
+        )
 
     def is_single(self, beta: EffectiveBeta, request: GenerationRequest, model: Model) -> bool:
         """Return whether to generate one branch only: the client wants no reasoning, or β does not pay on the model."""

@@ -53,6 +53,8 @@ class ErrorResponses:
             message = f"{request.method} {path} is not served: {instead}"
         elif is_missing and (suggestion := self._suggested_path(path)):
             message = f"{message}; did you mean {suggestion}? A client's base URL ends in /v1"
+        elif is_missing:
+            message = f"{message}; /docs lists the paths that are served"
         shown = NotFound(message, code="not_found") if is_missing else BadRequest(message)
         headers = {**(error.headers or {}), "x-request-id": current_request_id()}
         return JSONResponse(errors.body(shown), error.status_code, headers)

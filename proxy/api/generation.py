@@ -134,6 +134,7 @@ class GenerationEndpoints:
     def _resolve_beta(
         self, request: Request, parsed: GenerationRequest, model: Model, alias: float | None
     ) -> EffectiveBeta | None:
+        beta.check_headers(request.headers)
         betas = self._service.betas
         target = None if parsed.tts.target_tokens is None else partial(betas.beta_for_tokens, model.id, parsed.tts)
         return beta.resolve(
@@ -142,7 +143,7 @@ class GenerationEndpoints:
             effort=parsed.effort,
             alias=alias,
             model=model.id,
-            default=betas.default_for(model.id),
+            default=betas.default_for(model.id, request.state.caller.beta),
             target=target,
         )
 

@@ -36,9 +36,10 @@ def listing(file: Annotated[Path, typer.Argument(help="key file", envvar="AUTOTT
     from proxy.admission import api_keys
 
     table = Table()
-    for heading in ("name", "tenant", "admin", "branches", "tokens", "tokens a minute", "episodes"):
+    for heading in ("name", "tenant", "admin", "β", "branches", "tokens", "tokens a minute", "episodes"):
         table.add_column(heading, justify="left" if heading in ("name", "tenant", "admin") else "right")
     for key in api_keys.read_key_file(file):
         caps = ("" if cap is None else f"{cap:,}" for cap in key.caps)
-        table.add_row(key.name, key.tenant, "yes" if key.is_admin else "", *caps)
+        beta = "" if key.beta is None else f"{key.beta:g}"
+        table.add_row(key.name, key.tenant, "yes" if key.is_admin else "", beta, *caps)
     wide_console().print(table, markup=False, highlight=False)

@@ -199,6 +199,7 @@ class ReplyEnvironment:
             opening = sum(action.verb is Verb.BRANCH for action in actions)
             if opening:
                 limit = self._limit(opening)
+                self._check_truncated()
                 await self._check_votable(opening, limit)
                 while len(self.branches) < self._width + opening:
                     self._open(limit)
@@ -281,6 +282,12 @@ class ReplyEnvironment:
     def _abort(self, index: int) -> None:
         """Close the connection of a branch, unless its reply is complete. The upstream then stops generating."""
         self.branches[index].stream.cancel()
+
+    def _check_truncated(self) -> None:
+        """Raise BranchesTruncated if nothing has voted and the token limit cut each reply that ended so far."""
+        ends = {branch.finish for branch in self.branches if branch.finish is not None}
+        if ends == {"length"} and not self._keeps_all_branches and not len(self.labels):
+            raise BranchesTruncated
 
     async def _check_votable(self, opening: int, limit: int) -> None:
         """Before texts are compared, run the first branch to its end alone, and see whether it has an answer.

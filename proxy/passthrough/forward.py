@@ -31,6 +31,8 @@ GET_PATHS: Final = ("/version", "/tokenizer_info", "/ping")
 """Paths that a client may GET through the proxy."""
 UNSERVED_PATHS: Final[Mapping[str, str]] = MappingProxyType(
     {
+        "/": "the dashboard is at /ui and the API's documentation at /docs; a client's base URL ends in /v1",
+        "/v1": "a client's base URL ends in /v1, and the client appends paths such as /chat/completions",
         "/v1/chat/completions/batch": "send the requests one by one to /v1/chat/completions",
         "/v1/audio/transcriptions": "the proxy serves text; send the request to the upstream directly",
         "/v1/audio/translations": "the proxy serves text; send the request to the upstream directly",

@@ -6,16 +6,19 @@ refused. The header overrides the body, because gateways set it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
 from controllers.dial import parse_beta
 from controllers.errors import BetaError
-from proxy.errors import BadRequest
+from proxy.errors import BadRequest, clipped
 from proxy.types import BetaSource, EffectiveBeta
 
 HEADER: Final = "x-tts-beta"
+
+HEADER_PREFIX: Final = "x-tts-"
+"""Prefix of the proxy's headers. Of these, requests may only send HEADER."""
 
 NO_EFFORT: Final = "none"
 """The `reasoning_effort` that asks for an answer without reasoning. If it sets β, a single branch answers."""
@@ -29,18 +32,29 @@ READS_EFFORT: Final = ("gpt-oss",)
 """Substrings of the names of models whose chat template reads `reasoning_effort`. For these it does not set β."""
 
 
-def _parse(text: str, param: str) -> float:
-    """Return the β in a client's text. Raises BadRequest, naming `param`."""
+def _parse(text: str, param: str, name: str | None = None) -> float:
+    """Return the β in a client's text. Raises BadRequest about `param`, which the message calls `name`."""
     try:
-        return parse_beta(text, param)
+        return parse_beta(text, name or param)
     except BetaError as error:
         raise BadRequest(str(error), param=param, code="bad_beta") from None
+
+
+def check_headers(names: Iterable[str]) -> None:
+    """Raise BadRequest for a header of a request that would be ignored, such as a misspelt one."""
+    for name in names:
+        if name.startswith(HEADER_PREFIX) and name != HEADER:
+            shown = clipped(name, 80)
+            message = f"{shown}: there is no such header; send {HEADER}, or other options in the body's object tts"
+            raise BadRequest(message, param=shown)
 
 
 def split_alias(model: str) -> tuple[str, float | None]:
     """Split `name@0.5` into a model and its β, or None if no number follows an `@`. Raises BadRequest."""
     name, at, beta = model.rpartition("@")
-    return (name, _parse(beta, "model")) if at and _is_number(beta) else (model, None)
+    if not at or not _is_number(beta):
+        return model, None
+    return name, _parse(beta, "model", "the β after @ in the model's name")
 
 
 def _is_number(text: str) -> bool:

@@ -122,6 +122,8 @@ class TtsOptions(BaseModel):
 
 
 def _default_if_null(value: object) -> object:
+    if value is not None and not isinstance(value, dict | TtsOptions):
+        raise ValueError('must be an object such as {"beta": 0.5}')
     return TtsOptions() if value is None else value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, TypeVar
@@ -39,13 +40,27 @@ def _validate(model: type[M], body: dict[str, Any]) -> M:
     try:
         return model.model_validate(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        first = error.errors(include_url=False, include_context=False)[0]
         path = ".".join(clipped(str(part), _MAX_SHOWN) for part in first["loc"] if part != "[key]")
         problem = first["msg"].removeprefix("Value error, ")
+        if first["loc"][:1] == ("tts",) and problem.startswith("Input should be"):
+            path, problem = _option_problem(path, problem, first["input"])
         if first["type"] == "extra_forbidden":
             problem = _unknown_field_message(model, first["loc"])
         code = "bad_beta" if path == "tts.beta" else None
         raise BadRequest(f"{path}: {problem}" if path else problem, param=path or None, code=code) from None
+
+
+def _option_problem(path: str, problem: str, value: object) -> tuple[str, str]:
+    """Return the path of an option in `tts`, and what is wrong with its `value`, which is quoted if it is short."""
+    if path.startswith("tts.progress"):  # pydantic names the first type of the union
+        path, problem = "tts.progress", 'Input should be true, false or "rounds"'
+    if path == "tts.beta":
+        problem = "Input should be a number from 0 to 1 such as 0.5"
+    if not isinstance(value, str | int | float | None):
+        return path, problem
+    shown = value[:_MAX_SHOWN] if isinstance(value, str) else value
+    return path, f"{problem}, not {clipped(json.dumps(shown, ensure_ascii=False), _MAX_SHOWN)}"
 
 
 def _unknown_field_message(model: type[BaseModel], loc: Sequence[int | str]) -> str:

@@ -97,8 +97,9 @@ def _read_format(body: Mapping[str, Any], names: FieldNames) -> tuple[bool, Any]
         if not isinstance(described, dict):
             raise _wrong(names.format, 'must be {"name": …, "schema": …}')
         schema = described.get("schema")
-        if schema is not None:
-            _check_schema(f"{names.format}.schema", schema)
+        if schema is None:
+            raise _wrong(f"{names.format}.schema", "is missing; give the JSON schema of the reply")
+        _check_schema(f"{names.format}.schema", schema)
         return True, schema
     outputs = body.get("structured_outputs")
     if isinstance(outputs, dict) and (outputs.get("json") is not None or outputs.get("json_object")):

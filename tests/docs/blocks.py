@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-AGENT_LIBRARIES: Final = ("pydantic_ai", "agents", "instructor")
+AGENT_LIBRARIES: Final = ("pydantic_ai", "agents", "instructor", "pydantic")
 """Libraries whose snippets need an upstream that calls tools."""
 _FENCED: Final = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

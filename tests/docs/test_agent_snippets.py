@@ -20,6 +20,7 @@ PRINTED: Final = {
     "pydantic_ai": ["It is \\boxed{7} degrees.", "name='Rome' people=2"],
     "agents": ["It is \\boxed{7} degrees."],
     "instructor": ["name='Rome' people=2"],
+    "pydantic": ['{"city": "Rome"}', "name='Rome' people=2"],  # with the OpenAI SDK
 }
 """The lines that a snippet prints, by the library that it uses."""
 
@@ -33,7 +34,7 @@ def test_each_library_has_one_snippet() -> None:
 @pytest.mark.parametrize("block", SNIPPETS, ids=agent_library)
 async def test_the_snippet_runs_and_prints_the_voted_replies(block: Block, tmp_path: Path) -> None:
     library = agent_library(block)
-    python = Path(sys.executable) if library == "pydantic_ai" else AGENT_CLIENTS.python
+    python = Path(sys.executable) if library in ("pydantic_ai", "pydantic") else AGENT_CLIENTS.python
     if not python.exists():
         pytest.skip(f"{library} is not here; `make test` installs it")
     async with agent_proxy() as url:

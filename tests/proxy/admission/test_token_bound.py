@@ -430,6 +430,22 @@ async def test_the_server_cap_applies_without_keys(backend: FakeVLLM) -> None:
         assert MAX_LENGTH < 3000
 
 
+@pytest.mark.parametrize("tokens", [None, 3000])
+async def test_the_cap_of_a_request_applies_if_it_is_forwarded(backend: FakeVLLM, tokens: int | None) -> None:
+    settings = load(upstream=backend.url, max_total_tokens=tokens, **SMALL)
+    async with running(settings) as url, aiohttp.ClientSession() as http:
+        cap = {"max_total_tokens": 100}
+        status, headers, reply = await ask(http, url, None, None, tts=cap)
+        assert (status, headers["x-tts-reason"]) == (200, "no_beta")
+        assert reply["echo"]["max_completion_tokens"] == 100
+        assert "tts" not in reply["echo"]
+        _, headers, reply = await ask(http, url, None, "0.5", n=4, tts=cap)
+        assert (headers["x-tts-reason"], reply["echo"]["max_completion_tokens"]) == ("n", 25)
+        status, _, reply = await ask(http, url, None, None, max_tokens=101, tts=cap)
+        assert (status, reply["error"]["param"]) == (400, "max_tokens")
+        assert reply["error"]["message"] == "max_tokens is 101; tts.max_total_tokens is 100 tokens a request"
+
+
 async def test_without_caps_tokens_are_counted_by_reported_usage(proxy: Proxy) -> None:
     proxy.backend.chains = [Chain("t" * 300)]
     by = {"kind": "passed_through", "model": MODEL, "controller": "", "beta": ""}

@@ -263,6 +263,15 @@ async def test_a_reply_that_the_token_limit_cuts_does_not_vote() -> None:
         assert (reply["tts"]["stop"], reply["tts"]["answer"]) == ("max_tokens", None)
 
 
+@pytest.mark.parametrize("fields", [{"response_format": {"type": "json_object"}, "tools": None}, {}])
+async def test_no_more_replies_are_opened_once_the_token_limit_cut_all_of_the_first(fields: dict[str, Any]) -> None:
+    async with served([text('{"a": 10000000}')]) as proxy:
+        _, _, reply = await ask(proxy, tts={"controller": "adaptive_consistency"}, max_tokens=5, **fields)
+        assert (reply["tts"]["stop"], reply["tts"]["answer"]) == ("max_tokens", None)
+        assert reply["tts"]["branches"] == len(proxy.backend.requests) == 4
+        assert reply["usage"]["completion_tokens"] == 20
+
+
 # Texts
 
 
@@ -515,6 +524,10 @@ async def test_without_beta_a_request_with_tools_passes_through() -> None:
             "response_format.json_schema.schema",
         ),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            "response_format.json_schema.schema",
+        ),
         ({"structured_outputs": {"json": {"type": 5}}}, "structured_outputs.json"),
         ({"tts": {"beta": 1, "answer": "tools"}, "tools": None, "presence_penalty": 1}, "tts.answer"),
         ({"tts": {"beta": 1, "answer": "tools"}, "tools": None}, "tts.answer"),

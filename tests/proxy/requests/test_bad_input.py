@@ -46,6 +46,50 @@ def test_an_invalid_beta_header_is_refused(beta: str) -> None:
     assert caught.value.param == "x-tts-beta"
 
 
+@pytest.mark.parametrize("name", ["x-tts-betta", "x-tts-controller", "X-TTS-Max-Total-Tokens"])
+async def test_a_header_that_would_be_ignored_is_refused(proxy: Proxy, name: str) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+    async with proxy.http.post(f"{proxy.url}/v1/chat/completions", json=body, headers={name: "0.5"}) as response:
+        reply = await response.json()
+    check_error(reply, 400, response.status, param=name.lower())
+    assert "send x-tts-beta" in reply["error"]["message"]
+    assert proxy.backend.requests == []
+
+
+@pytest.mark.parametrize(
+    ("tts", "param", "message"),
+    [
+        (0.5, "tts", 'tts: must be an object such as {"beta": 0.5}'),
+        ({"beta": "0.5"}, "tts.beta", 'tts.beta: Input should be a number from 0 to 1 such as 0.5, not "0.5"'),
+        ({"beta": 50}, "tts.beta", "tts.beta: Input should be a number from 0 to 1 such as 0.5, not 50"),
+        ({"progress": "yes"}, "tts.progress", 'tts.progress: Input should be true, false or "rounds", not "yes"'),
+        (
+            {"max_total_tokens": "2k"},
+            "tts.max_total_tokens",
+            'tts.max_total_tokens: Input should be a valid integer, not "2k"',
+        ),
+        ({"tools": []}, "tts.tools", None),
+    ],
+)
+async def test_an_invalid_option_is_quoted(proxy: Proxy, tts: Any, param: str, message: str | None) -> None:
+    status, _, reply = await proxy.ask(None, tts=tts)
+    check_error(reply, 400, status, param=param)
+    assert message in (None, reply["error"]["message"])
+
+
+async def test_a_beta_after_the_models_name_is_named_as_such(proxy: Proxy) -> None:
+    status, _, reply = await proxy.ask(None, model=f"{MODEL}@5")
+    check_error(reply, 400, status, param="model", code="bad_beta")
+    assert reply["error"]["message"].startswith("the β after @ in the model's name must be a decimal number")
+
+
+@pytest.mark.parametrize("path", ["/v1/audio/speech", "/v1/batches", "/anything"])
+async def test_an_unknown_path_gets_a_link_to_the_known_ones(proxy: Proxy, path: str) -> None:
+    async with proxy.http.get(proxy.url + path) as response:
+        check_error(reply := await response.json(), 404, response.status, code="not_found")
+    assert reply["error"]["message"] == f"GET {path}: Not Found; /docs lists the paths that are served"
+
+
 @pytest.mark.parametrize("beta", ["0", "1", "0.5", "1.0", ".25", "0.", "000.5"])
 def test_a_valid_beta_header_is_parsed(beta: str) -> None:
     beta_setting = resolve([beta], body=None, effort=None, alias=None, model="m", default=None)
