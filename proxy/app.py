@@ -28,7 +28,7 @@ from proxy.errors import ApiError, SettingsError
 from proxy.gateway_headers import keep_gateway_headers
 from proxy.http.access_log import AccessLogMiddleware
 from proxy.http.origins import with_cors
-from proxy.http.request import IndexedRequest
+from proxy.http.request import IndexedRequest, PlainState
 from proxy.http.sse import ClientDisconnected
 from proxy.settings import Settings
 from proxy.telemetry.worker_metrics import WorkerPlace
@@ -100,6 +100,7 @@ class _App(FastAPI):
         self.endpoints = {(route.method, route.path): _endpoint(route) for route in ROUTES}
         self.failures = ErrorResponses([route.path for route in ROUTES])
         super().__init__(**options)  # type: ignore[arg-type]
+        self.state = PlainState({})
 
     def build_middleware_stack(self) -> ASGIApp:
         dispatch = DirectDispatch(super().build_middleware_stack(), self.endpoints, self.failures)

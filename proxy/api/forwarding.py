@@ -143,6 +143,6 @@ class DisconnectCounter:
         """Do nothing."""
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        is_gone = isinstance(error, ClientDisconnected | asyncio.CancelledError)
+        is_gone = error is not None and isinstance(error, ClientDisconnected | asyncio.CancelledError)
         if is_gone and not graceful_shutdown.is_cut_by_shutdown():
             self._metrics.requests.labels(self._model, "", "disconnected").inc()

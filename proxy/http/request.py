@@ -22,13 +22,28 @@ class IndexedHeaders(Headers):
         return default if value is None else value.decode("latin-1")
 
 
+class PlainState(State):
+    """State whose values are plain attributes. starlette's finds each by a failed search for an attribute."""
+
+    __setattr__ = object.__setattr__  # type: ignore[assignment]
+    __delattr__ = object.__delattr__
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        """Create a state over `values`, which other states may share."""
+        object.__setattr__(self, "__dict__", values)
+
+    @property
+    def _state(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.__dict__
+
+
 class IndexedRequest(Request):
     """Request with indexed headers. They and its state are plain attributes here, which are faster than properties."""
 
     headers = IndexedHeaders([])  # these two hide properties; each request has its own
-    state = State()
+    state = PlainState({})
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         super().__init__(scope, receive, send)
         self.headers = IndexedHeaders(scope["headers"])
-        self.state = State(scope.setdefault("state", {}))
+        self.state = PlainState(scope.setdefault("state", {}))

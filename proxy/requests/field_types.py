@@ -25,9 +25,10 @@ def at_most(limit: int, unit: str) -> BeforeValidator:
     Strings are bounded only if `unit` is "characters".
     """
 
+    bounded: tuple[type[Sized], ...] = (str,) if unit == "characters" else (list, dict)
+
     def check(value: object) -> object:
-        is_bounded = isinstance(value, str if unit == "characters" else list | dict)
-        if is_bounded and isinstance(value, Sized) and len(value) > limit:
+        if isinstance(value, bounded) and len(value) > limit:
             raise ValueError(f"at most {limit} {unit} are accepted, not {len(value)}")
         return value
 

@@ -68,6 +68,8 @@ _CHECKED: Final = frozenset(
 )
 """Fields whose values are checked, whatever their type. Of all other fields only lists and objects are."""
 
+_CONTAINERS: Final = (dict, list)
+
 
 class _Value(NamedTuple):
     """A value nested in a field."""
@@ -79,7 +81,7 @@ class _Value(NamedTuple):
 
 def check(body: Mapping[str, Any]) -> None:
     """Raise BadRequest, naming the field, if vLLM would fail on the request."""
-    if not any(name in _CHECKED or (name not in _TEXTS and isinstance(body[name], dict | list)) for name in body):
+    if not any(name in _CHECKED or (name not in _TEXTS and isinstance(body[name], _CONTAINERS)) for name in body):
         return
     for name in _INTEGERS:
         _check_integer(body, name)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NoReturn, Protocol
 
 import aiohttp
+from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
@@ -63,7 +64,10 @@ class PooledRequests:
     """Sends requests to one upstream over the connections of a session."""
 
     def __init__(self, url: str, session: aiohttp.ClientSession, timeout: aiohttp.ClientTimeout) -> None:
-        """`url` has no path. The credentials in it, and the session's headers, are sent with each request."""
+        """`url` has no path. The credentials in it, and the session's headers, are sent with each request.
+
+        `timeout.sock_read` limits the time until the head of a response is complete. It does not limit its body.
+        """
         self._url = url
         self._session = session
         self._timeout = timeout
@@ -102,18 +106,18 @@ class PooledRequests:
         protocol, transport = connection.protocol, connection.transport
         if protocol is None or transport is None:
             raise aiohttp.ServerDisconnectedError
-        protocol.set_response_params(
-            read_until_eof=True, auto_decompress=False, read_timeout=self._timeout.sock_read, timer=None
-        )
+        protocol.set_response_params(read_until_eof=True, auto_decompress=False, read_timeout=None, timer=None)
         transport.write(request)
-        protocol.start_timeout()
-        while True:
-            try:
+        timer = asyncio.get_running_loop().call_later(self._timeout.sock_read or 0, _expire, protocol)
+        try:
+            while True:
                 message, content = await protocol.read()
-            except aiohttp.http.HttpProcessingError as error:
-                _raise_response_error(self._url, error)
-            if message.code not in INFORMATIONAL or message.code == SWITCHING_PROTOCOLS:
-                return PooledResponse(message.code, message.headers, content, connection)
+                if message.code not in INFORMATIONAL or message.code == SWITCHING_PROTOCOLS:
+                    return PooledResponse(message.code, message.headers, content, connection)
+        except aiohttp.http.HttpProcessingError as error:
+            _raise_response_error(self._url, error)
+        finally:
+            timer.cancel()
 
     def _create_template(self) -> aiohttp.ClientRequest:
         """Return a request with the session's headers. It is never sent."""
@@ -186,6 +190,11 @@ class PooledResponse:
             connection.close()
         else:
             connection.release()
+
+
+def _expire(protocol: ResponseHandler) -> None:
+    """End the wait for the head of a response, with the error that aiohttp uses for silence."""
+    protocol.set_exception(aiohttp.SocketTimeoutError("Timeout on reading data from socket"))
 
 
 def _as_lines(headers: Mapping[str, str]) -> str:

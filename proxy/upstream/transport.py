@@ -66,7 +66,8 @@ class UpstreamTransport:
         self._session = session
         self.read_timeout_s = read_timeout_s  # seconds without a byte after which a response times out
         connect = session.timeout.sock_connect
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect, sock_read=read_timeout_s)
+        self._head_s = read_timeout_s + CHECK_S  # limits a name server, and a head that arrives slowly
+        self._timeout = aiohttp.ClientTimeout(connect=self._head_s, sock_connect=connect, sock_read=read_timeout_s)
         self._check_timeout = aiohttp.ClientTimeout(total=CHECK_S, sock_connect=connect, sock_read=read_timeout_s)
         self.breaker = breaker
         self.observer = observer
@@ -163,9 +164,10 @@ class UpstreamTransport:
         """Send a request through aiohttp's session."""
         body = None if encode is None else encode()
         url = self._url + path
-        return await self._session.request(
-            method, url, data=body or None, headers=headers, timeout=timeouts, allow_redirects=False
-        )
+        async with asyncio.timeout(self._head_s):
+            return await self._session.request(
+                method, url, data=body or None, headers=headers, timeout=timeouts, allow_redirects=False
+            )
 
     async def request_json(
         self,
@@ -205,8 +207,7 @@ class UpstreamTransport:
         for pause in (*(() if is_check else retry.RETRY_PAUSES_S), None):
             failure: Exception | None = None
             try:
-                async with asyncio.timeout(self.read_timeout_s + CHECK_S):  # limits a head that arrives slowly
-                    response = await send()
+                response = await send()
             except retry.NO_RESPONSE_ERRORS as error:
                 failure = error
             if failure is None and not is_failure(response.status):

@@ -166,6 +166,28 @@ async def test_a_silent_server_times_out_and_a_cancelled_request_closes_its_conn
         assert not session.connector._acquired
 
 
+async def test_a_head_that_arrives_without_end_times_out() -> None:
+    async def trickle(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opened.append(writer)
+        writer.write(b"HTTP/1.1 200 OK\r\n")
+        while not writer.is_closing():
+            writer.write(b"a: b\r\n")
+            await asyncio.sleep(0.01)
+
+    opened: list[asyncio.StreamWriter] = []
+    server = await asyncio.start_server(trickle, "127.0.0.1", 0)
+    async with server, aiohttp.ClientSession() as session:
+        requests = PooledRequests(
+            f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}",
+            session,
+            aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=0.1),
+        )
+        with pytest.raises(TimeoutError):
+            await post(requests, {})
+        for writer in opened:
+            writer.transport.abort()
+
+
 async def test_a_server_that_answers_before_it_has_read_the_request_gets_no_other_one() -> None:
     async def refuse(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         opened.append(writer)
