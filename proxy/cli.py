@@ -64,6 +64,11 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 """Exit status for invalid input, and for tasks that the machine cannot do."""
 
+READERS_OF_PLACES = frozenset(
+    {"controllers", "import", "keys", "label", "parity", "promote", "requests", "rollback", "store", "trace"}
+)
+"""Commands that use the store, the registry or the key file named by the proxy's settings file."""
+
 console = Console(stderr=True)
 
 
@@ -116,11 +121,16 @@ def _print_version(is_requested: bool) -> None:
 
 @app.callback()
 def autotts(
+    context: typer.Context,
     _: Annotated[
         bool, typer.Option("--version", help="print the version and exit", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     """An OpenAI-compatible proxy: a controller with one dial, β, decides how to spend test-time compute."""
+    if context.invoked_subcommand in READERS_OF_PLACES:
+        from proxy.settings import export_places
+
+        export_places()
 
 
 @app.command()
@@ -128,9 +138,12 @@ def autotts(
 def serve(given: Flags, config: File = None, sets: Sets = None) -> None:
     """Serve requests until interrupted."""
     settings = gather(config, sets, given).settings
+    from proxy.settings import unknown_variables
     from proxy.telemetry.logs import configure_logging
 
     configure_logging(settings, console)
+    for warning in unknown_variables():
+        logging.getLogger("proxy").warning("%s", warning)
     _run(_serve(settings))
 
 

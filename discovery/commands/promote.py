@@ -84,11 +84,24 @@ def promote(
     wide_console().print(_describe(opened, digest, stage, before, after, model), highlight=False, markup=False)
 
 
-def rollback(registry: RegistryPlace = None, model: ForModel = None, why: Why = "", who: Who = "unknown") -> None:
+def rollback(
+    registry: RegistryPlace = None,
+    model: ForModel = None,
+    canary: Annotated[bool, typer.Option("--canary", help="drop the canary only; the champion stays")] = False,
+    why: Why = "",
+    who: Who = "unknown",
+) -> None:
     """Restore the previous champion and drop the canary, of one model or of the default."""
     opened = Registry(registry_place(registry))
-    version = opened.read().version  # of two rollbacks at the same time, only one is made
-    after = opened.roll_back(ChangeCause(who, why, datetime.now(UTC), version=version), model)
+    before = opened.read()
+    by = ChangeCause(who, why, datetime.now(UTC), version=before.version)  # of two at the same time, only one is made
+    if canary:
+        tried = before.own(model).canary
+        if tried is None:
+            raise PromotionError(f"{opened.place}: there is no canary{_of(model)}")
+        after = opened.drop_canary(tried, by, model)
+    else:
+        after = opened.roll_back(by, model)
     holder = after.own(model).champion
     if holder is not None:
         champion = _name(opened, holder)

@@ -35,7 +35,9 @@ importing = typer.Typer(name="import", no_args_is_help=True, help="Import record
 store = typer.Typer(name="store", no_args_is_help=True, help="Inspect and maintain a replay store.")
 
 Request = Annotated[str, typer.Option("--request-id", help="forget everything recorded of this request")]
-Tenant = Annotated[str, typer.Option(help="forget everything recorded of this tenant, given by its hash")]
+Tenant = Annotated[
+    str, typer.Option(help="forget everything recorded of this tenant, a hash that `autotts keys list` shows")
+]
 Anonymous = Annotated[bool, typer.Option("--anonymous", help="forget everything recorded of requests without a key")]
 
 
@@ -204,7 +206,9 @@ def forget(
         place, lambda opened: opened.forget(request=request or None, tenant=None if request else tenant)
     )
     if not any(erased):
-        raise RecordingsNotFound(f"{place}: nothing is recorded of {request or tenant or 'requests without a key'}")
+        advice = "; a tenant is the hash of a key's name, which `autotts keys list` shows" if tenant else ""
+        whose = request or tenant or "requests without a key"
+        raise RecordingsNotFound(f"{place}: nothing is recorded of {whose}{advice}")
     wide_console().print(
         f"{place}: erased {erased.episodes} episodes, {erased.feedback} feedback entries, "
         f"{erased.recordings} recordings, {erased.labels} labels, and "

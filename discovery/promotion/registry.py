@@ -106,8 +106,8 @@ class Registry:
         if len(prefix) < SHORTEST or len(matching) != 1:
             known = ", ".join(digest[:12] for digest in digests) or "none"
             raise PromotionError(
-                f"{prefix!r} matches {len(matching)} digests in {self.place}; "
-                f"give at least {SHORTEST} digits of one of {known}"
+                f"{prefix!r} is no built-in controller, and matches {len(matching)} digests in {self.place}; name a "
+                f"built-in one, a FILE.py, or at least {SHORTEST} digits of one of {known}"
             )
         return matching[0]
 

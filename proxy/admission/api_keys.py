@@ -36,6 +36,15 @@ KEY_PREFIX: Final = "sk-autotts-"
 """Prefix of every key, so that secret scanners recognise it."""
 NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _NAME_ADVICE: Final = "use 1 to 64 letters, digits, - and _"
+_TOML: Final = 'invalid TOML; lines are NAME = { sha256 = "HASH" }, as `autotts keys new` prints them'
+_ADVICE: Final = {
+    "missing": "it is missing; `autotts keys new` prints it",
+    "model_type": 'write NAME = { sha256 = "HASH" }, as `autotts keys new` prints it',
+    "string_pattern_mismatch": "it must be the 64 hexadecimal digits that `autotts keys new` prints",
+    "int_type": "it must be a whole number, without quotes",
+    "bool_type": "it must be true or false, without quotes",
+}
+"""Requirements of the fields of a key, by the type of pydantic's error."""
 _LINE: Final = re.compile(r"line (\d+)")
 
 _HASH: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -112,7 +121,8 @@ def read_key_file(path: Path) -> tuple[Key, ...]:
     try:
         text = path.read_text("utf-8")
     except OSError as error:
-        raise SettingsError(f"keys: {path}: {error.strerror}") from None
+        advice = f"; write it with `autotts keys new NAME >> {path}`" if isinstance(error, FileNotFoundError) else ""
+        raise SettingsError(f"keys: {path}: {error.strerror}{advice}") from None
     except UnicodeDecodeError:
         raise SettingsError(f"keys: {path}: not UTF-8") from None
     owners: dict[str, str] = {}  # name of a key by its hash
@@ -172,7 +182,9 @@ def _parse(path: Path, text: str) -> Mapping[str, Any]:
     except tomllib.TOMLDecodeError as error:
         where = _LINE.search(str(error))
         line = where[1] if where else str(text.count("\n") + 1)
-        raise SettingsError(f"keys: {path}, line {line}: invalid TOML") from None
+        is_repeated = str(error).startswith("Cannot overwrite")
+        problem = "a name occurs twice; for an old and a new key write sha256 = [OLD, NEW]" if is_repeated else _TOML
+        raise SettingsError(f"keys: {path}, line {line}: {problem}") from None
     except RecursionError:
         raise SettingsError(f"keys: {path}: nested too deeply") from None
     if not isinstance(parsed, dict):
@@ -189,9 +201,10 @@ def _parse_entry(path: Path, text: str, name: str, value: object) -> Key:
         first = error.errors(include_input=False)[0]
         field = str(first["loc"][0]) if first["loc"] else "entry"
         is_unknown = first["type"] == "extra_forbidden"
-        problem = (
-            unknown_field(field, _KeyEntry.model_fields) if is_unknown else first["msg"].removeprefix("Value error, ")
+        advice = _ADVICE.get(
+            first["type"], first["msg"].removeprefix("Value error, ").replace("Input should", "it must")
         )
+        problem = unknown_field(field, _KeyEntry.model_fields) if is_unknown else advice
         raise _entry_error(path, text, name, f"{field}: {problem}") from None
     caps = Caps(entry.branches, entry.tokens, entry.tokens_per_minute, entry.episodes)
     return Key(name, tuple(entry.sha256), entry.admin, caps, entry.priority, entry.beta)

@@ -40,6 +40,7 @@ class ErrorResponses:
     def _api_error(self, request: Request, error: ApiError) -> Response:
         if outcome := _outcome(error):
             request.app.state.service.metrics.requests.labels("", "", outcome).inc()
+        request.state.error_code = error.code  # for the access log
         headers = {"x-request-id": current_request_id(), **error.headers}
         if error.spent:  # a retry by the client would pay for every branch again
             headers |= {"x-should-retry": "false", "x-tts-tokens": str(error.spent)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 MASK: Final = "********"
 _CREDENTIALS: Final = re.compile(r"://[^/]*@")
-OF_OTHERS: Final = frozenset({"AUTOTTS_CONFIG", "AUTOTTS_EXPLORER_API_KEY"})
-"""Variables with the prefix AUTOTTS_ that are not settings of the proxy."""
 
 File = Annotated[
     Path | None,
@@ -135,19 +132,18 @@ def check(given: Flags, file: File = None, sets: Sets = None) -> None:
     """Check whether `autotts serve` could start with these settings. Unknown AUTOTTS_ variables are listed."""
     from proxy.admission.auth import check_host
     from proxy.app import create_app
-    from proxy.settings import DEFAULT, EMBEDDED_DEFAULT, PREFIX, Settings, find_file
+    from proxy.settings import DEFAULT, EMBEDDED_DEFAULT, Settings, find_file, unknown_variables
 
     configured = gather(file, sets, given)
     settings = configured.settings
     check_host(settings)
     create_app(settings if settings.upstream else settings.model_copy(update={"upstream": "http://embedded"}))
     console = wide_console()
-    known = {PREFIX + name.upper() for name in Settings.model_fields} | OF_OTHERS
-    for name in sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known):
-        console.print(f"{name} is not a setting", style="yellow", markup=False, highlight=False)
+    for warning in unknown_variables():
+        console.print(warning, style="yellow", markup=False, highlight=False)
     count = sum(source not in (DEFAULT, EMBEDDED_DEFAULT) for source in configured.sources.values())
     read = find_file(file)
-    summary = f"the settings are valid: {count} of {len(known - OF_OTHERS)} set"
+    summary = f"the settings are valid: {count} of {len(Settings.model_fields)} set"
     console.print(summary if read is None else f"{summary}, {read} read", markup=False, highlight=False)
 
 

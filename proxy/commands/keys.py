@@ -11,6 +11,9 @@ from rich.table import Table
 
 from discovery.commands.console import wide_console
 
+LEFT = frozenset({"name", "tenant", "admin", "priority"})
+"""Columns of the list that are not numbers."""
+
 keysmith = typer.Typer(
     name="keys", no_args_is_help=True, help="API keys of clients, for the file named by AUTOTTS_KEYS."
 )
@@ -36,10 +39,11 @@ def listing(file: Annotated[Path, typer.Argument(help="key file", envvar="AUTOTT
     from proxy.admission import api_keys
 
     table = Table()
-    for heading in ("name", "tenant", "admin", "β", "branches", "tokens", "tokens a minute", "episodes"):
-        table.add_column(heading, justify="left" if heading in ("name", "tenant", "admin") else "right")
+    for heading in ("name", "tenant", "admin", "priority", "β", "branches", "tokens", "tokens a minute", "episodes"):
+        table.add_column(heading, justify="left" if heading in LEFT else "right")
     for key in api_keys.read_key_file(file):
+        rights = ("yes" if is_set else "" for is_set in (key.is_admin, key.has_priority))
         caps = ("" if cap is None else f"{cap:,}" for cap in key.caps)
         beta = "" if key.beta is None else f"{key.beta:g}"
-        table.add_row(key.name, key.tenant, "yes" if key.is_admin else "", beta, *caps)
+        table.add_row(key.name, key.tenant, *rights, beta, *caps)
     wide_console().print(table, markup=False, highlight=False)

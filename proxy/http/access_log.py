@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Awaitable, Collection, Iterable
+from collections.abc import Awaitable, Collection, Iterable, Mapping
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -57,7 +57,7 @@ class AccessLogMiddleware:
         try:
             await self._app(scope, receive, sending)
         finally:
-            timing.finish(service.metrics)
+            timing.finish(service.metrics, scope.get("state", {}))
 
 
 def client_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
@@ -99,8 +99,8 @@ class _ResponseTiming:
             if not message.get("more_body"):
                 self.last = now
 
-    def finish(self, metrics: Any) -> None:
-        """Update the metrics and write the log line."""
+    def finish(self, metrics: Any, state: Mapping[str, Any]) -> None:
+        """Update the metrics and write the log line, with the key and the error's code in the request's `state`."""
         applied = self._header(b"x-tts-applied") or "false"
         is_streamed = self.headers.get(b"content-type", b"").startswith(b"text/event-stream")
         streamed = "true" if is_streamed else "false"
@@ -114,16 +114,18 @@ class _ResponseTiming:
         fields = {
             "method": self.method,
             "path": self.path,
+            "key": getattr(state.get("caller"), "key", "") or None,
             "status": self.status,
+            "code": state.get("error_code"),
             "seconds": round(time.perf_counter() - self.started, 6),
             "first_byte_s": None if self.first is None else round(self.first, 6),
             "complete": self.last is not None,
             "applied": applied,
             "reason": self._header(b"x-tts-reason"),
             "controller": self._header(b"x-tts-controller"),
-            "beta": self._header(b"x-tts-beta"),
+            "beta": _number(self._header(b"x-tts-beta")),
             "stop": self._header(b"x-tts-stop"),
-            "tokens": self._header(b"x-tts-tokens"),
+            "tokens": _number(self._header(b"x-tts-tokens")),
         }
         facts = {name: value for name, value in fields.items() if value is not None}
         logger.info("%s %s %s", self.method, self.path, self.status, extra={"facts": facts})
@@ -131,3 +133,8 @@ class _ResponseTiming:
     def _header(self, name: bytes) -> str | None:
         value = self.headers.get(name)
         return None if value is None else value.decode("latin-1")
+
+
+def _number(text: str | None) -> float | None:
+    """Return a header's number, so that logs can be summed."""
+    return None if text is None else float(text) if "." in text or "e" in text else int(text)

@@ -353,7 +353,8 @@ class StoreWriter:
         """Log a problem, once until all records are written again."""
         if kind not in self._problems:
             self._problems[kind] = problem
-            logger.error("%s: %s", kind, problem)
+            waiting = f"; records wait in {self.spill.path}" if kind == STORE and self.spill is not None else ""
+            logger.error("%s: %s%s", kind, problem, waiting)
 
     def _update_gauges(self) -> None:
         spilled = 0 if self.spill is None else self.spill.size

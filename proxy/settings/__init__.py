@@ -12,8 +12,10 @@ from proxy.settings.sources import (
     SERVED,
     Configured,
     configure,
+    export_places,
     find_file,
     load,
+    unknown_variables,
 )
 from proxy.settings.upstreams import MAX_REPLICAS, ReplicaAddress, Upstreams, parse_upstreams
 
@@ -32,8 +34,10 @@ __all__ = [
     "StoreText",
     "Upstreams",
     "configure",
+    "export_places",
     "find_file",
     "is_secret",
     "load",
     "parse_upstreams",
+    "unknown_variables",
 ]

@@ -20,6 +20,12 @@ REPLY_CONTROLLERS: Final = ("tools_controller", "json_controller", "select_contr
 """Settings of controllers for requests whose branches are whole replies of the upstream."""
 
 
+def check_all(settings: Settings) -> None:
+    """Run every check. Raises SettingsError, which begins with the name of the setting."""
+    for check in (check_controller, check_upstream, check_limits, check_files, check_spill_file):
+        check(settings)
+
+
 def check_controller(settings: Settings) -> None:
     """Raise SettingsError unless the settings of controllers name controllers that clients may use."""
     for field in ("controller", *REPLY_CONTROLLERS):

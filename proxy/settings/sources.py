@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -23,8 +23,24 @@ SERVED: Final = {"store": Path("autotts.db")}
 PREFIX: Final = "AUTOTTS_"
 FILE: Final = Path("autotts.toml")
 """Settings file that is read if it exists and no other file is named."""
+OF_OTHERS: Final = frozenset({"AUTOTTS_CONFIG", "AUTOTTS_EXPLORER_API_KEY"})
+"""Variables with the prefix AUTOTTS_ that are not settings of the proxy."""
+PLACES: Final = ("store", "registry", "spill", "keys")
+"""Settings that other commands than `serve` read too, from their environment variables."""
 FLAG, ENVIRONMENT, EMBEDDED_DEFAULT, DEFAULT = "flag", "environment", "embedded default", "default"
 """Sources of a setting, in addition to a file."""
+
+
+_ADVICE: Final = {
+    "bool_parsing": "write true or false",
+    "bool_type": "write true or false",
+    "int_parsing": "write a whole number",
+    "int_from_float": "write a whole number",
+    "int_type": "write a whole number",
+    "float_parsing": "write a number",
+    "float_type": "write a number",
+}
+"""Instructions for values of the wrong type, by the type of pydantic's error."""
 
 
 class Configured(NamedTuple):
@@ -73,12 +89,42 @@ def configure(file: Path | None, flags: Mapping[str, object], defaults: Mapping[
     if not settings.record:
         unset["store"] = None
     settings = settings.model_copy(update=unset)
-    checks.check_controller(settings)
-    checks.check_upstream(settings)
-    checks.check_limits(settings)
-    checks.check_files(settings)
-    checks.check_spill_file(settings)
+    try:
+        checks.check_all(settings)
+    except SettingsError as error:
+        name, _, problem = str(error).partition(": ")
+        raise SettingsError(f"{_place((name,), sources)}: {problem}") from None
     return Configured(settings, sources)
+
+
+def export_places() -> None:
+    """Set the variables of the places that only the settings file names, for commands that read variables.
+
+    Raises SettingsError.
+    """
+    file = find_file()
+    if file is None or all(map(_variable, PLACES)):
+        return
+    in_file = _read(file)
+    for name in PLACES:
+        value = in_file.get(name)
+        if value is None or _variable(name):
+            continue
+        if not isinstance(value, str):
+            raise SettingsError(f"{file}: {name}: write it in quotes")
+        os.environ[PREFIX + name.upper()] = value
+
+
+def unknown_variables() -> list[str]:
+    """Return a sentence about each AUTOTTS_ variable that is no setting."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | OF_OTHERS
+    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    return [f"{name} is not a setting and has no effect{_hint(name, known)}" for name in unknown]
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    near = get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _variable(name: str) -> str | None:
@@ -95,7 +141,8 @@ def _read(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise SettingsError(f"{file}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{file}: {error}") from None
+        advice = 'lines are NAME = VALUE, with texts in quotes: beta = 0.5, model = "NAME"'
+        raise SettingsError(f"{file}: {error}; {advice}") from None
     _refuse_unknown(in_file, f"{file}: ")
     return in_file
 
@@ -103,8 +150,7 @@ def _read(file: Path) -> dict[str, Any]:
 def _refuse_unknown(given: Mapping[str, object], where: str) -> None:
     for name in given:
         if name not in Settings.model_fields:
-            near = get_close_matches(name, Settings.model_fields, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = _hint(name.lower().removeprefix(PREFIX.lower()), Settings.model_fields)
             raise SettingsError(f"{where}there is no setting {name!r}{hint}")
 
 
@@ -120,16 +166,25 @@ def _problem(error: ErrorDetails) -> str:
     field = Settings.model_fields.get(name)
     if error["type"] == "string_pattern_mismatch" and field is not None and field.description:
         return f"it must be: {field.description}"
-    return error["msg"].removeprefix("Value error, ")
+    if error["type"] in _ADVICE:
+        return _ADVICE[error["type"]]
+    return error["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
 
 
 def _message(place: tuple[str, ...], problem: str, value: object, sources: Mapping[str, str]) -> str:
     """Return the message about an invalid value: source, name, problem, and the value unless it is secret."""
     name = place[0] if place else ""
+    has_password = name in ("upstream", "store") and any(sign in str(value) for sign in ("@", "://"))
+    is_named = isinstance(value, str) and value in problem  # as the file that cannot be read
+    is_shown = name in Settings.model_fields and not is_secret(name) and not has_password and not is_named
+    shown = f", not {value!r}" if is_shown else ""
+    return f"{_place(place, sources)}: {problem}{shown}"
+
+
+def _place(place: tuple[str, ...], sources: Mapping[str, str]) -> str:
+    """Return the name of a setting, with the file that holds it or its environment variable."""
+    name = place[0] if place else ""
     source = sources.get(name, DEFAULT)
     where = f"{source.removeprefix('file ')}: " if source.startswith("file ") else ""
     variable = f" ({PREFIX}{name.upper()})" if source == ENVIRONMENT else ""
-    has_password = name in ("upstream", "store") and any(sign in str(value) for sign in ("@", "://"))
-    is_shown = name in Settings.model_fields and not is_secret(name) and not has_password
-    shown = f", not {value!r}" if is_shown else ""
-    return f"{where}{'.'.join(place)}{variable}: {problem}{shown}"
+    return f"{where}{'.'.join(place)}{variable}"

@@ -103,7 +103,7 @@ def _read_map(path: Path) -> Iterator[ReplicaAddress]:
         with path.open("rb") as opened:
             by_model = tomllib.load(opened)
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
+        raise ValueError(f"{path}: {error.strerror}; name a file of models, or a URL: http://HOST:PORT") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {error}") from None
     if not by_model:
@@ -158,7 +158,8 @@ def _url(text: str) -> str:
     try:
         url = _URL.validate_python(text)
     except ValidationError as error:
-        raise ValueError(error.errors(include_url=False)[0]["msg"]) from None
+        problem = error.errors(include_url=False)[0]["msg"].replace("Input should be a valid URL", "it is no URL")
+        raise ValueError(f"{problem}; write http://HOST:PORT or https://HOST") from None
     if "," in (url.host or ""):
         raise ValueError("separate URLs by commas, and begin each with http:// or https://")
     return str(url)

@@ -45,7 +45,9 @@ FULL: Final[dict[str, Any]] = {
     "tolerations": [{"key": "serving", "operator": "Exists"}],
     "autoscaling": {"enabled": True},
     "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}, "key": {"name": "autotts-prometheus"}},
-    "prometheusRule": {"enabled": True},
+    "prometheusRule": {"enabled": True, "tokensPerHour": 5_000_000},
+    "env": [{"name": "OTEL_EXPORTER_OTLP_ENDPOINT", "value": "http://collector:4318"}],
+    "stopDelaySeconds": 0,
     "networkPolicy": {
         "from": [{"namespaceSelector": {"matchLabels": {"team": "apps"}}}],
         "egress": [{"ports": [{"port": 4318, "protocol": "TCP"}]}],
@@ -66,6 +68,7 @@ REFUSED: Final[dict[str, tuple[dict[str, Any], str]]] = {
     "an unknown value": (changed(replica=2), "replica"),
     "a secret among the settings": (changed(settings={"admin_key": "x"}), "invalid propertyName 'admin_key'"),
     "a setting of the chart": (changed(settings={"port": 9000}), "invalid propertyName 'port'"),
+    "a setting among the variables": (changed(env=[{"name": "AUTOTTS_PORT", "value": "1"}]), "env"),
     "a database that the proxy cannot use": (changed(store={"kind": "mysql"}), "kind"),
     "PostgreSQL without a URL": (changed(store={"kind": "postgres"}), "set secrets.store.name to a Secret"),
     "replicas with SQLite": (changed(replicas=2), "replicas cannot share a SQLite store"),
@@ -177,6 +180,7 @@ def test_the_proxy_accepts_the_settings(
     url = "postgresql://me:password@database/autotts"
     variables |= {name: url for name, is_database in databases.items() if is_database}
     known = {f"AUTOTTS_{field.upper()}" for field in Settings.model_fields} | {"AUTOTTS_CONFIG"}
+    known |= {entry["name"] for entry in CASES[case].get("env", [])}
     assert variables.keys() <= known
     file = tmp_path / "autotts.toml"
     shutil.copy(ROOT / "controllers/discovered/lockstep_lead.py", tmp_path / "mine.py")  # what the ConfigMap has
@@ -193,7 +197,7 @@ def test_the_proxy_accepts_the_settings(
         wanted = value.replace(CONTROLLERS, str(tmp_path)) if isinstance(value, str) else value
         assert (getattr(settings, name), sources[name]) == (wanted, f"file {file}")
     grace = rendered[case]["Deployment"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
-    assert grace == settings.drain_s + 15
+    assert grace == settings.drain_s + 15 + CASES[case].get("stopDelaySeconds", 5)
 
 
 def test_every_path_that_a_setting_names_is_mounted(rendered: dict[str, Manifests]) -> None:
@@ -289,7 +293,31 @@ def test_prometheus_scrapes_the_job_of_the_alerts_with_a_key(rendered: dict[str,
     assert endpoint["authorization"]["credentials"] == {"name": "autotts-prometheus", "key": "key"}
     rules = ROOT / "deploy/prometheus/rules.yml"
     assert (CHART / "files/rules.yml").read_text() == rules.read_text(), f"copy {rules} into the chart"
-    assert rendered["full"]["PrometheusRule"]["spec"] == yaml.safe_load(rules.read_text())
+    spec = yaml.safe_load(rules.read_text().replace("> 20e6", "> 5000000"))
+    assert rendered["full"]["PrometheusRule"]["spec"] == spec
+
+
+def test_a_stopping_pod_serves_until_the_service_has_dropped_it(rendered: dict[str, Manifests]) -> None:
+    delays = {}
+    for case in ("plain", "full"):
+        pod = rendered[case]["Deployment"]["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        delays[case] = pod["terminationGracePeriodSeconds"], container.get("lifecycle")
+    assert delays["plain"] == (80, {"preStop": {"exec": {"command": ["sleep", "5"]}}})
+    assert delays["full"] == (75, None)
+
+
+def test_further_variables_reach_the_container(rendered: dict[str, Manifests]) -> None:
+    (container,) = rendered["full"]["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert container["env"][-1] == FULL["env"][0]
+
+
+def test_the_notes_name_budgets_of_each_proxy_only_without_shared_limits(results: dict[str, Any]) -> None:
+    warned = {
+        case: any("budgets hold in each proxy alone" in text for name, text in results[case].items() if "NOTES" in name)
+        for case in ("plain", "full", "postgres")
+    }
+    assert warned == {"plain": False, "full": False, "postgres": True}
 
 
 def test_the_autoscaler_uses_a_metric_of_the_proxy(rendered: dict[str, Manifests]) -> None:

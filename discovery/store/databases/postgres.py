@@ -241,7 +241,10 @@ async def open_postgres(
     connection = PostgresConnection(url, wait_ms, is_reader)
     try:
         if not await connection.has_store() and not create:
-            raise StoreError(f"{url}: there is no store in this database; create one with `autotts import`")
+            raise StoreError(
+                f"{url}: there is no store in this database; a proxy makes it when it records, and so does "
+                "`autotts import`"
+            )
         yield connection
     finally:
         await connection.close()

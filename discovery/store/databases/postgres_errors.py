@@ -15,7 +15,7 @@ _LOST: Final = ("08", "57P")
 _VALUES: Final = ("22", "23", "54")
 """Beginnings of codes of errors in a value: its form, a rule of its table, or a limit, such as that of an index."""
 _HINTS: Final = {
-    "28P01": "set the right one in PGPASSWORD or in the password file ~/.pgpass",
+    "28P01": "set the right one in the URL of AUTOTTS_STORE, in PGPASSWORD or in the password file ~/.pgpass",
     "28000": "check the user, and pg_hba.conf on the server",
     "3D000": "create it with `createdb`, or name another in the URL",
     "42501": "grant the user the rights to create and write tables",

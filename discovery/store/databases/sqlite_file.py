@@ -104,7 +104,10 @@ def _prepare(path: Path, create: bool) -> None:
         status = os.stat(path)
     except FileNotFoundError:
         if not create:
-            raise StoreError(f"{path}: there is no store; create one with `autotts import`") from None
+            raise StoreError(
+                f"{path}: there is no store; name it with --store or AUTOTTS_STORE; a proxy makes it when it records, "
+                "and so does `autotts import`"
+            ) from None
         _create(path)
         return
     except OSError as error:

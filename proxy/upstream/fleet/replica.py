@@ -125,11 +125,15 @@ class Replica:
             self._may_close_early = True
         else:
             await self._check_breaker()
-        is_up = await self.client.is_healthy()
+        was_up, is_up = self.is_up, await self.client.is_healthy()
         try:
             self.is_up = is_up and bool(await self.read_cards())
         except UpstreamError:
             self.is_up = False
+        if was_up is not False and not self.is_up:
+            logger.warning("upstream %s is down; it gets no new requests until a health check passes", self.name)
+        elif was_up is False and self.is_up:
+            logger.warning("upstream %s is up again", self.name)
         self.checks_passed += self.is_up
         self._checked_at = time.monotonic()
         return self.is_up

@@ -115,10 +115,10 @@ def test_without_the_driver_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.process
 def test_every_failure_to_connect_names_a_way_out(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
     place = postgres.create_database()
-    assert "create one with `autotts import`" in refusal(place, create=False)
+    assert "a proxy makes it when it records, and so does `autotts import`" in refusal(place, create=False)
     message = refusal(postgres.url(place.database, "wr0ng"))
     assert "password authentication failed" in message
-    assert "set the right one in PGPASSWORD" in message
+    assert "set the right one in the URL of AUTOTTS_STORE, in PGPASSWORD" in message
     assert "wr0ng" not in message
     assert "create it with `createdb`" in refusal(postgres.url("nowhere"))
     assert "cannot reach the server" in refusal(DatabaseUrl(f"postgresql://me@127.0.0.1:1/{place.database}"))

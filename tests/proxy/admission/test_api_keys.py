@@ -230,9 +230,16 @@ def test_cache_salts_are_derived_from_the_cache_secret(file: Path) -> None:
     ("text", "expected_text"),
     [
         ("alice = {", "line 1: invalid TOML"),
-        ("# mine\n\nalice = 3\n", "line 3: alice: entry: Input should be a valid dictionary"),
-        (f'x = {{ sha256 = "{HASH}" }}\ny = {{ sha256 = "short" }}', "line 2: y: sha256"),
-        (f'[x]\nsha256 = "{HASH}"\n\n[y]\nsha512 = "1"', "line 4: y: sha256: Field required"),
+        ("# mine\n\nalice = 3\n", 'line 3: alice: entry: write NAME = { sha256 = "HASH" }'),
+        (
+            f'x = {{ sha256 = "{HASH}" }}\nx = {{ sha256 = "{HASH}" }}',
+            "line 2: a name occurs twice; for an old",
+        ),
+        (
+            f'x = {{ sha256 = "{HASH}" }}\ny = {{ sha256 = "short" }}',
+            "line 2: y: sha256: it must be the 64 hex",
+        ),
+        (f'[x]\nsha256 = "{HASH}"\n\n[y]\nsha512 = "1"', "line 4: y: sha256: it is missing"),
         (f'x = {{ sha256 = "{HASH}", tokens = 0 }}', "line 1: x: tokens"),
         (f'"x y" = {{ sha256 = "{HASH}" }}', "line 1: x y: invalid name"),
         (f'x = {{ sha256 = "{HASH}" }}\ny = {{ sha256 = "{HASH}" }}', "line 2: y: same key as x"),
@@ -489,6 +496,7 @@ def test_keys_new_prints_the_key_to_stderr_and_its_file_entry_to_stdout(tmp_path
     assert alice.hashes == (api_keys.hash_key(token),)
     assert (alice.is_admin, boss.is_admin) == (False, True)
     listed = autotts("keys", "list", str(path)).stdout
+    assert "priority" in listed
     assert alice.tenant in listed
     assert boss.tenant in listed
 
@@ -512,7 +520,7 @@ def test_serve_on_a_public_host_without_keys_exits_with_a_one_line_error() -> No
     done = autotts("serve", "--host", "0.0.0.0", "--upstream", "http://127.0.0.1:1")
     assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)
     assert "host 0.0.0.0 is reachable from other machines and no API keys are configured" in done.stderr
-    done = autotts("serve", "--upstream", "http://127.0.0.1:1", AUTOTTS_KEYS="/nowhere/keys.toml")
+    done = autotts("serve", "--upstream", "http://127.0.0.1:1", "--port", "0", AUTOTTS_KEYS="/nowhere/keys.toml")
     assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)
     assert "keys: /nowhere/keys.toml: No such file" in done.stderr
 

@@ -65,8 +65,16 @@ def test_the_config_file_is_found_by_name_variable_or_flag_and_ignored_by_load(
     [
         ("intervall = 3", "there is no setting 'intervall'; did you mean interval?"),
         ("[store]\npath = 'x'", "store: a store is named by a path or postgresql://"),
-        ("interval = 0", "interval: Input should be greater than or equal to 1, not 0"),
-        ("interval = x", "Invalid value (at line 1, column 12)"),
+        ("interval = 0", "interval: it must be greater than or equal to 1, not 0"),
+        ("interval = x", "Invalid value (at line 1, column 12); lines are NAME = VALUE, with texts in quotes"),
+        ("AUTOTTS_BETA = 0.5", "there is no setting 'AUTOTTS_BETA'; did you mean beta?"),
+        ("record = 'maybe'", "record: write true or false, not 'maybe'"),
+        ("interval = 'many'", "interval: write a whole number, not 'many'"),
+        ("store_text = 'all'", "store_text: it must be 'none', 'hash' or 'full', not 'all'"),
+        (
+            "upstream = '127.0.0.1:8000'",
+            "it is no URL, relative URL without a base; write http://HOST:PORT or https://",
+        ),
     ],
 )
 def test_an_error_in_the_config_file_names_the_file_and_the_setting(
@@ -77,6 +85,44 @@ def test_an_error_in_the_config_file_names_the_file_and_the_setting(
         configure(file, {})
     assert str(caught.value).startswith(f"{file}: ")
     assert expected_text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected_text"),
+    [
+        ("CONTROLLER", "foo", "controller (AUTOTTS_CONTROLLER): there is no controller 'foo'"),
+        (
+            "UPSTREAM",
+            "nowhere.toml",
+            "upstream (AUTOTTS_UPSTREAM): nowhere.toml: No such file or directory; name",
+        ),
+    ],
+)
+def test_an_error_in_a_variable_names_it_and_the_value_once(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected_text: str
+) -> None:
+    monkeypatch.setenv(f"AUTOTTS_{name}", value)
+    with pytest.raises(SettingsError) as caught:
+        configure(None, {})
+    assert str(caught.value).startswith(expected_text)
+    assert str(caught.value).count(value) == 1
+
+
+@pytest.mark.process
+def test_other_commands_read_the_places_in_the_settings_file(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text(autotts("keys", "new", "ada").stdout)
+    registry = tmp_path / "installed"
+    file = toml(tmp_path, f"store = 'mine.db'\nregistry = {str(registry)!r}\nkeys = {str(keys)!r}\nbeta = 0.5")
+    done = autotts("promote", "cmc", "--as", "champion", AUTOTTS_CONFIG=str(file))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert registry.is_dir()
+    assert "mine.db: there is no store" in autotts("store", "info", AUTOTTS_CONFIG=str(file)).stderr
+    assert "other.db" in autotts("store", "info", AUTOTTS_CONFIG=str(file), AUTOTTS_STORE="other.db").stderr
+    assert "flag.db" in autotts("store", "info", "--store", "flag.db", AUTOTTS_CONFIG=str(file)).stderr
+    assert "ada" in autotts("keys", "list", AUTOTTS_CONFIG=str(file)).stdout
+    done = autotts("store", "info", AUTOTTS_CONFIG=str(toml(tmp_path, "store = 3")))
+    assert (done.returncode, "store: write it in quotes" in done.stderr) == (2, True)
 
 
 def test_a_missing_config_file_is_refused() -> None:
@@ -107,7 +153,7 @@ def test_a_spill_path_that_is_used_otherwise_is_refused_and_left_unchanged(
     (tmp_path / "link").symlink_to("notes")
     store = "s.1" if spill == "s" else "s.db"  # the spill files of several proxies are numbered
     monkeypatch.setenv("AUTOTTS_SPILL", spill)
-    with pytest.raises(SettingsError, match=rf"^spill: {spill.removeprefix('./')} (is|exists)"):
+    with pytest.raises(SettingsError, match=rf"^spill \(AUTOTTS_SPILL\): {spill.removeprefix('./')} (is|exists)"):
         load(**UP, store=store)
     assert (tmp_path / "notes").read_text() == "line one\nline two"
 
@@ -171,7 +217,7 @@ def test_a_setting_may_be_given_by_any_spelling_of_its_name(name: str) -> None:
     ("sets", "status", "expected_text"),
     [
         (["interval=64"], 0, "the settings are valid: 2 of"),
-        (["interval=none"], 2, "interval: Input should be a valid integer"),
+        (["interval=none"], 2, "interval: write a whole number"),
         (["interval"], 2, "write NAME=VALUE"),
         (["calibration=/nowhere.json"], 2, "/nowhere.json"),
         (["intervals=3"], 2, "there is no setting 'intervals'; did you mean interval?"),
@@ -187,7 +233,8 @@ def test_config_check_reports_valid_settings_or_the_error(
     done = autotts("config", "check", "--config", str(file), *flags, AUTOTTS_INTERVALL="4")
     assert done.returncode == status, done.stderr
     assert expected_text in (done.stderr if status else done.stdout)
-    assert ("AUTOTTS_INTERVALL is not a setting" in done.stdout) is not bool(status)
+    warning = "AUTOTTS_INTERVALL is not a setting and has no effect; did you mean AUTOTTS_INTERVAL?"
+    assert (warning in done.stdout) is not bool(status)
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_a_wrong_file_is_refused_with_the_reason(tmp_path: Path, content: str, p
 
 
 def test_a_wrong_time_between_resolutions_is_refused() -> None:
-    with pytest.raises(SettingsError, match="dns_poll_s: Input should be greater than 0, not 0"):
+    with pytest.raises(SettingsError, match="dns_poll_s: it must be greater than 0, not 0"):
         load(upstream="dns+http://a", dns_poll_s=0)
 
 

@@ -134,5 +134,5 @@ async def test_the_priority_of_a_controlled_request_is_checked(backend: FakeVLLM
 def test_the_flag_must_be_a_boolean(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(f'a = {{ sha256 = "{api_keys.hash_key(PLAIN)}", priority = 1 }}\n')
-    with pytest.raises(SettingsError, match=r"a: priority: Input should be a valid boolean"):
+    with pytest.raises(SettingsError, match=r"a: priority: it must be true or false"):
         api_keys.read_key_file(file)

@@ -481,10 +481,15 @@ def test_commands_promote_a_file_to_champion_list_it_and_roll_it_back(tmp_path: 
     assert (figures["champion"], figures["cards"][digest]["headline"]) == (digest, "2 points better")
     assert figures["audit"][0]["who"] == "ada"
     assert figures["audit"][-1]["why"] == "it is good"
+    assert autotts("promote", "cmc", "--registry", folder, "--as", "canary")[0] == 0
+    status, stdout, _ = autotts("rollback", "--registry", folder, "--canary")
+    assert (status, f"mine ({digest[:12]}) is the champion; there is no canary" in stdout) == (0, True)
+    status, _, stderr = autotts("rollback", "--registry", folder, "--canary")
+    assert (status, "there is no canary" in stderr) == (2, True)
     status, stdout, _ = autotts("rollback", "--registry", folder)
     assert "the configured controller is the champion" in stdout
     status, stdout, _ = autotts("controllers", "--registry", folder)
-    assert all(text in stdout for text in ("2 points better", "version 4", "rollback", "it is good"))
+    assert all(text in stdout for text in ("2 points better", "version 6", "rollback", "it is good"))
     status, _, stderr = autotts("rollback", "--registry", folder)
     assert (status, "neither a canary nor a champion" in stderr) == (2, True)
 

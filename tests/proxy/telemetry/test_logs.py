@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 from rich.console import Console
 
+from proxy.admission.api_keys import key_file_entry
 from proxy.server import running
 from proxy.settings import Settings, load
 from proxy.telemetry.logs import ACCESS_LOGGER, MASK, configure_logging, request_id
@@ -66,6 +67,29 @@ async def test_every_log_line_of_a_request_has_its_id_and_no_secret(backend: Fak
     assert [line["path"] for line in lines(written) if line["logger"] == ACCESS_LOGGER][-1] == "other"
     assert prompt not in written.getvalue()
     assert SECRET not in written.getvalue()
+
+
+async def test_the_access_log_names_the_key_and_the_code_of_the_error(backend: FakeVLLM, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text(key_file_entry("ada", SECRET).replace(" }", ", tokens = 400 }"))
+    settings = load(upstream=backend.url, keys=keys, log="json", **SMALL)
+    written = logged(settings)
+    body: dict[str, Any] = {"model": "fake-model", "messages": [{"role": "user", "content": "x"}]}
+    tried: list[tuple[dict[str, Any], str]] = [
+        ({"tts": {"beta": 0.5}}, SECRET),
+        ({"max_tokens": 9000}, SECRET),
+        ({}, "unknown"),
+    ]
+    async with running(settings) as url, aiohttp.ClientSession() as http:
+        for more, token in tried:
+            headers = {"authorization": f"Bearer {token}"}
+            async with http.post(f"{url}/v1/chat/completions", json=body | more, headers=headers) as response:
+                await response.read()
+    served, refused, unknown = (line for line in lines(written) if line["logger"] == ACCESS_LOGGER)
+    assert (served["status"], served["key"], served["beta"]) == (200, "ada", 0.5)
+    assert isinstance(served["tokens"], int)
+    assert (refused["status"], refused["key"], refused["code"]) == (400, "ada", "cap_too_small")
+    assert (unknown["status"], unknown["code"], "key" in unknown) == (401, "invalid_api_key", False)
 
 
 def test_secrets_are_masked_in_json_and_plain_logs() -> None:

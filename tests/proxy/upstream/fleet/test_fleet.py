@@ -293,6 +293,20 @@ async def test_models_that_a_replica_does_not_list_are_warned_of_once(
     await member.close()
 
 
+async def test_a_replica_that_goes_down_and_comes_back_is_logged_once_each(
+    replicas: list[FakeVLLM], session: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture
+) -> None:
+    member = Replica(UpstreamClient(replicas[0].url, session))
+    for fault in ("", "no_models", "no_models", "", ""):
+        replicas[0].fault = fault
+        assert await member.begin_check() is not bool(fault)
+    assert caplog.messages == [
+        f"upstream {replicas[0].url} is down; it gets no new requests until a health check passes",
+        f"upstream {replicas[0].url} is up again",
+    ]
+    await member.close()
+
+
 async def test_background_work_does_not_open_a_breaker(fleet: FleetUnderTest) -> None:
     fleet.fakes[0].fault = "broken"
     for _ in range(2 * FAILURES):

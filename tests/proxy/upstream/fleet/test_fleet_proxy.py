@@ -232,5 +232,5 @@ async def test_other_endpoints_are_forwarded_to_an_upstream_of_the_model(
 
 
 def test_a_wrong_spill_load_is_refused() -> None:
-    with pytest.raises(SettingsError, match="spill_load: Input should be greater than 0, not 0"):
+    with pytest.raises(SettingsError, match="spill_load: it must be greater than 0, not 0"):
         load(upstream="http://a,http://b", spill_load=0, **SMALL)
