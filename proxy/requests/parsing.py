@@ -21,12 +21,18 @@ _MAX_SHOWN: Final = 80
 """Maximum number of characters of a key that an error message quotes."""
 _TTS_OBJECTS: Final[Mapping[str, type[BaseModel]]] = MappingProxyType({"tools": ToolOptions, "code": CodeOptions})
 """Objects within `tts`."""
+_MISPLACED: Final = ("beta", "target_tokens", "max_total_tokens", "deadline_s", "min_agreement")
+"""Options of `tts` that are refused beside it. No API has fields of these names, and unknown fields are dropped."""
 
 
 def parse_request(model: type[M], raw: bytes) -> M:
     """Return the request in a JSON body. Raises BadRequest."""
     body = strict_json.read_object(raw)
     request = _validate(model, body)
+    for name in _MISPLACED:
+        if name in body:
+            message = f'{name}: there is no such field; send it in the object tts, as in "tts": {{"beta": 0.5}}'
+            raise BadRequest(message, param=name)
     field_values.check(body)
     return request
 

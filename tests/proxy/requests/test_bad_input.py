@@ -77,6 +77,15 @@ async def test_an_invalid_option_is_quoted(proxy: Proxy, tts: Any, param: str, m
     assert message in (None, reply["error"]["message"])
 
 
+@pytest.mark.parametrize("field", ["beta", "max_total_tokens"])
+async def test_an_option_beside_tts_is_refused(proxy: Proxy, field: str) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], field: 1}
+    async with proxy.http.post(f"{proxy.url}/v1/chat/completions", json=body) as response:
+        check_error(reply := await response.json(), 400, response.status, param=field)
+    assert "in the object tts" in reply["error"]["message"]
+    assert proxy.backend.requests == []
+
+
 async def test_a_beta_after_the_models_name_is_named_as_such(proxy: Proxy) -> None:
     status, _, reply = await proxy.ask(None, model=f"{MODEL}@5")
     check_error(reply, 400, status, param="model", code="bad_beta")
