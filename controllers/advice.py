@@ -17,7 +17,7 @@ IMPORTS: Final = (
     *("functools", "__future__"),
 )
 """Modules a controller may import, with their submodules."""
-CHANCE: Final = frozenset({"random", "secrets", "uuid", "numpy"})
+CHANCE: Final = frozenset({"random", "secrets", "uuid"})
 CLOCKS: Final = frozenset({"time", "datetime", "sched", "timeit"})
 BUILTINS: Final = {
     **dict.fromkeys(("eval", "exec", "compile"), "a controller must be complete in its file"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from traceback import walk_tb
 from typing import Any, Protocol, TypeVar
 
 from controllers.actions import Action
@@ -78,7 +79,19 @@ def complaint(controller: object, error: BaseException) -> str:
     """Return the message for an error that a controller raised; that of an IllegalAction is used as it is."""
     if isinstance(error, ControllerError):
         return str(error)
-    return f"{type(controller).__name__} raised {type(error).__name__}: {error}"
+    line = _line_in_file(controller, error)
+    place = "" if line is None else f" (line {line})"
+    return f"{type(controller).__name__} raised {type(error).__name__}: {error}{place}"
+
+
+def _line_in_file(controller: object, error: BaseException) -> int | None:
+    """Return the innermost line of the controller's own file that the error passed through; None if there is none."""
+    lines = [
+        number
+        for frame, number in walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__") == type(controller).__module__
+    ]
+    return lines[-1] if lines else None
 
 
 def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:

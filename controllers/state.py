@@ -20,7 +20,18 @@ from enum import StrEnum
 from itertools import compress, count
 from typing import Final, NamedTuple
 
-from controllers.core.action_types import ANSWER, BRANCH, CONTINUE, PROBE, PRUNE, Action, Advanced, Fact, Probed
+from controllers.core.action_types import (
+    ANSWER,
+    BRANCH,
+    CONTINUE,
+    PROBE,
+    PRUNE,
+    Action,
+    Advanced,
+    Fact,
+    Probed,
+    call_name,
+)
 from controllers.core.branch_facts import Branch, rebuild
 from controllers.errors import BadFact, IllegalAction
 from controllers.limits import Limits, Reservations
@@ -167,19 +178,19 @@ class State:
         """Raise IllegalAction unless branches can be probed and this one has advanced since its latest probe."""
         last, index = since[action.branch], action.branch
         if not self.limits.has_probes:
-            raise IllegalAction("PROBE: this episode has no probes (state.limits.has_probes is false)")
+            raise IllegalAction("probe(): this episode has no probes (state.limits.has_probes is false)")
         if last == GONE:
             raise self._no_branch(action, since)
         if last == ASKED or self.branches[index].probed == self.branches[index].intervals:
-            raise IllegalAction(f"PROBE: branch {index} has not advanced since it was probed")
+            raise IllegalAction(f"probe(): branch {index} has not advanced since it was probed")
 
     def _no_branch(self, action: Action, since: Sequence[int]) -> IllegalAction:
         """Return why the branch of `action` is not active. `since` includes branches that the round opens before it."""
-        verb, index = action.verb.name, action.branch
+        call, index = call_name(action.verb), action.branch
         if index >= len(since):
-            return IllegalAction(f"{verb}: there is no branch {index}; {len(since)} are open")
+            return IllegalAction(f"{call}: there is no branch {index}; {len(since)} are open")
         finished = index < len(self.branches) and self.branches[index].finished
-        return IllegalAction(f"{verb}: branch {index} is {'finished' if finished else 'pruned'}")
+        return IllegalAction(f"{call}: branch {index} is {'finished' if finished else 'pruned'}")
 
     def _check_answer(self, actions: Sequence[object], label: int | None) -> None:
         if len(actions) > 1:

@@ -28,6 +28,7 @@ class Verb(IntEnum):
 
 
 BRANCH, CONTINUE, PROBE, PRUNE, ANSWER = Verb  # for hot loops: a lookup in the enum is several times slower
+_CALLS = ("branch()", "advance()", "probe()", "prune()", "answer()")
 _put = object.__setattr__  # as constructors of frozen dataclasses set fields
 
 
@@ -47,11 +48,11 @@ class Action:
         if type(verb) is not Verb:
             raise IllegalAction(f"{verb!r} is not a verb")
         if type(branch) is not int or (branch < 0 and verb in (CONTINUE, PROBE, PRUNE)):
-            raise IllegalAction(f"{verb.name}: there is no branch {branch!r}; they are numbered from 0")
+            raise IllegalAction(f"{call_name(verb)}: there is no branch {branch!r}; they are numbered from 0")
         if verb <= CONTINUE and (type(intervals) is not int or not 1 <= intervals <= TO_END):
-            raise IllegalAction(f"{verb.name}: intervals must be from 1 to TO_END, not {intervals!r}")
+            raise IllegalAction(f"{call_name(verb)}: intervals must be from 1 to TO_END, not {intervals!r}")
         if label is not None and type(label) is not int:
-            raise IllegalAction(f"{verb.name}: there is no label {label!r}; they are numbered from 0")
+            raise IllegalAction(f"{call_name(verb)}: there is no label {label!r}; they are numbered from 0")
         _put(self, "verb", verb)
         _put(self, "branch", branch)
         _put(self, "intervals", intervals)
@@ -59,6 +60,11 @@ class Action:
 
     def __reduce__(self) -> tuple[type[Action], tuple[object, ...]]:
         return Action, (self.verb, self.branch, self.intervals, self.label)
+
+
+def call_name(verb: Verb) -> str:
+    """Return the call that makes an action of this kind, as controllers write it. Messages name actions by it."""
+    return _CALLS[verb]
 
 
 @dataclass(frozen=True, slots=True, init=False)

@@ -255,7 +255,7 @@ def _panels(scored: Sequence[Score]) -> dict[str, Panel]:
     """Return the plot's panels, one per cell, with one line per controller."""
     panels: dict[str, dict[str, list[PlotPoint]]] = {}
     for score in scored:
-        lines = panels.setdefault(" ".join(score.cell), {})
+        lines = panels.setdefault(f"{' '.join(score.cell)} (bars: ± 1 standard error)", {})
         point = PlotPoint(score.mean("tokens"), score.accuracy, score.error, f"β = {score.beta:g}")
         lines.setdefault(score.controller, []).append(point)
     return {title: {name: sorted(points) for name, points in lines.items()} for title, lines in panels.items()}

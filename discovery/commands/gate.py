@@ -38,7 +38,7 @@ from discovery.promotion.conditions import GateTerms
 from discovery.promotion.gate import GateJob
 from discovery.promotion.ledger import Ledger
 from discovery.promotion.power_plan import ORDERS
-from discovery.promotion.verdict import GateReport, GateVerdict, report_of
+from discovery.promotion.verdict import GateReport, GateVerdict, describe_savings, report_of
 from discovery.store import child_environment
 from discovery.store.records import utc_now
 
@@ -163,12 +163,11 @@ def _show(report: GateReport) -> None:
     console.print(_cells(report))
     headlines = report.headlines
     if headlines.savings is not None:
-        saved = f"{headlines.savings:.0f} % fewer tokens at equal accuracy in {headlines.savings_cells} cells, "
-    else:
-        saved = ""
-    console.print(
-        f"at β = {headlines.beta:g}: {saved}{headlines.accuracy:+.1f} points at equal tokens", highlight=False
-    )
+        reached = f"{headlines.savings_cells} of {len(report.cells)} cells"
+        console.print(
+            f"at β = {headlines.beta:g}: {describe_savings(headlines.savings)}, in {reached} (an estimate, not a test)",
+            highlight=False,
+        )
     if report.sequence is not None:
         console.print(_describe_look(report), highlight=False)
     elif report.verdict is GateVerdict.UNDECIDED:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from rich.markup import escape
 from rich.table import Table
 
 from discovery.commands.console import wide_console
 from discovery.promotion.power_plan import LIMITED, QUESTION_COUNTS, PowerPlan
+
+NO_VARIANCE: Final = (
+    "no variance between questions is left after that of branches and orders, so the table is rough: more --shuffles "
+    "or questions estimate it better"
+)
 
 
 def show_plan(plan: PowerPlan) -> None:
@@ -48,6 +55,7 @@ def _lines(plan: PowerPlan) -> list[str]:
         f"standard deviation of a question's gain: {parts.between**0.5:.1f} between questions, "
         f"{(parts.within / plan.measured_branches) ** 0.5:.1f} by {plan.measured_branches} branches, "
         f"{(parts.by_order / plan.orders) ** 0.5:.1f} by {plan.orders} orders",
+        *([NO_VARIANCE] if parts.between == 0 else []),
         f"limited: episodes that would open all branches, at the β with the most; up to {LIMITED:.0%} is recommended",
     ]
     best = plan.recommended

@@ -10,7 +10,7 @@ import lzma
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -30,6 +30,9 @@ from discovery.data.recordings import (
 )
 from discovery.data.safe_json import parse_json
 from discovery.errors import BadRecording, RecordingsNotFound, unknown_field
+
+LONGEST_VALUE: Final = 60
+"""Characters of a wrong value that are quoted in an error."""
 
 RELEASE_SEARCH = "aime24"
 """The benchmark of the release that is its search split; the other benchmarks are held out."""
@@ -74,7 +77,9 @@ def _content(path: Path) -> bytes:
     """Return the content of a file, plain or .xz. Raises BadRecording."""
     try:
         return lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
-    except (OSError, lzma.LZMAError) as error:
+    except OSError as error:
+        raise BadRecording(f"{path}: {error.strerror}") from None
+    except lzma.LZMAError as error:
         raise BadRecording(f"{path}: {error}") from None
 
 
@@ -293,9 +298,13 @@ def _join_parts(lines: Sequence[tuple[str, RecordingLine]]) -> list[tuple[str, R
 
 def _first_problem(error: ValidationError) -> str:
     """Return the first problem of a validation error as one line."""
-    problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    place = ".".join(map(str, problem["loc"]))
+    problem = error.errors(include_url=False, include_context=False)[0]
+    place, value = ".".join(map(str, problem["loc"])), problem["input"]
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["loc"] and isinstance(value, int | float | str) and len(repr(value)) <= LONGEST_VALUE:
+        message += f", not {json.dumps(value)}"
+        if problem["type"] == "string_type":
+            message += f'; write "{json.dumps(value)}"'
     if problem["type"] == "extra_forbidden":
         owner = BranchLine if problem["loc"][0] == "branches" and len(problem["loc"]) > 1 else RecordingLine
         message = unknown_field(str(problem["loc"][-1]), owner.model_fields)

@@ -41,7 +41,11 @@ class Question(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _with_messages(cls, line: Any) -> Any:
-        if not isinstance(line, dict) or "question" not in line:
+        if not isinstance(line, dict):
+            return line
+        if "question" not in line and "messages" not in line:
+            raise ValueError(f"question or messages is needed; the line has {', '.join(map(str, line)) or 'no fields'}")
+        if "question" not in line:
             return line
         if "messages" in line:
             raise ValueError("it has both question and messages; give one of them")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from discovery.data.atomic_files import atomic_write, check_writable_path
 from discovery.errors import FileWriteError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLOURS: Final = ("#2563eb", "#b45309", "#059669", "#dc2626", "#7c3aed", "#475569", "#db2777", "#65a30d")
 
@@ -53,11 +56,24 @@ def draw_frontiers(panels: Mapping[str, Panel], path: Path) -> None:
                     point.label, point[:2], textcoords="offset points", xytext=(6, -11), fontsize=8, color=colour
                 )
         axes.set(xscale="log", xlabel="tokens per question, all branches and probes", ylabel="accuracy, %")
+        axes.margins(x=0.12)
+        label_tokens(axes)
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right", fontsize=8)
     with atomic_write(path) as file:
         figure.savefig(file, dpi=150, format=path.suffix[1:])
+
+
+def label_tokens(axes: Axes) -> None:
+    """Label a logarithmic axis of tokens with whole numbers, few enough that they do not overlap."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axes.get_xlim()
+    digits = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 100 * low else (1,)
+    axes.xaxis.set_major_locator(LogLocator(subs=digits))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 class PlotInterval(NamedTuple):

@@ -84,6 +84,11 @@ class Headlines:
     accuracy: float  # points gained at the champion's tokens at β
 
 
+def describe_savings(percent: float) -> str:
+    """Return in words how many tokens are saved; a negative percentage is an additional cost."""
+    return f"{abs(percent):.0f} % {'fewer' if percent >= 0 else 'more'} tokens at equal accuracy"
+
+
 @dataclass(frozen=True)
 class SequenceReport:
     """State of a sequential judgement, which goes on as questions are added."""
@@ -140,7 +145,7 @@ class GateReport:
     def headline(self) -> str:
         """The result in one line."""
         saved = self.headlines.savings
-        savings = "" if saved is None else f", {saved:.0f} % fewer tokens at equal accuracy"
+        savings = "" if saved is None else f", {describe_savings(saved)}"
         scope = f" on model {self.model}" if self.model else ""
         return f"{self.delta_afs:+.2f} points of AFS against {self.champion}{scope}{savings}"
 
@@ -182,6 +187,9 @@ def judge(measured: ScoreSet, terms: GateTerms, about: JudgementContext) -> Gate
     p = sign_flip_p(gains, level)
     low, high = bootstrap_bounds(gains, BOTH_SIDES)
     text = f"p = {p:.4g}, {level:.4g} allowed: finalist {about.k}"
+    if 0.5**gains.size > level:
+        needed = math.ceil(-math.log2(level))
+        text += f"; {gains.size} questions cannot give less than {0.5**gains.size:.4g}: at least {needed} are needed"
     conditions = [
         *first_conditions(measured, gains, describe_interval(low, high), about),
         Condition("significant", p <= level, False, p, level, text),

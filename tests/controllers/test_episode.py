@@ -23,6 +23,7 @@ from controllers import (
     run_episode,
     run_sync,
 )
+from controllers.voting import plurality
 from tests.fakes import Scripted, ScriptedEnvironment, chain, episode
 
 CHAINS = [chain("7", 50), chain("8", 60, mark="b")]
@@ -53,7 +54,20 @@ def test_an_exception_of_a_controller_becomes_a_controller_error() -> None:
         def decide(self, state: State) -> Sequence[Action]:
             raise KeyError("x")
 
-    with pytest.raises(ControllerError, match="Broken raised KeyError: 'x'"):
+    line = Broken.decide.__code__.co_firstlineno + 1
+    with pytest.raises(ControllerError, match=rf"Broken raised KeyError: 'x' \(line {line}\)$"):
+        run_sync(run_episode(Broken(), ScriptedEnvironment(CHAINS, 10), episode()))
+
+
+def test_an_error_below_a_helper_names_the_line_of_the_controllers_file() -> None:
+    class Broken:
+        def __init__(self, beta: float = 0) -> None: ...
+
+        def decide(self, state: State) -> Sequence[Action]:
+            return [answer(plurality(None))]  # type: ignore[arg-type]
+
+    line = Broken.decide.__code__.co_firstlineno + 1
+    with pytest.raises(ControllerError, match=rf"Broken raised \w+: .* \(line {line}\)$"):
         run_sync(run_episode(Broken(), ScriptedEnvironment(CHAINS, 10), episode()))
 
 

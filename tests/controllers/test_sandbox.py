@@ -263,7 +263,7 @@ def test_a_process_reports_why_a_file_cannot_be_loaded(owner: socket.socket, sou
     ("source", "message"),
     [
         (HEAD + "        raise ValueError('no')", "Mine raised ValueError: no"),
-        (HEAD + "        return [advance(-1)]", "CONTINUE: there is no branch -1; they are numbered from 0"),
+        (HEAD + "        return [advance(-1)]", "advance(): there is no branch -1; they are numbered from 0"),
         (HEAD + "        return 7", "Mine did not return a list of actions: 'int' object is not iterable"),
         (HEAD.replace("self.beta = beta", "1 / 0") + "        return []", "its constructor raised ZeroDivisionError"),
     ],

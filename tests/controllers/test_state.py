@@ -88,7 +88,7 @@ def test_the_ledger_sums_to_the_tokens_spent() -> None:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda: branch(0), "BRANCH: intervals must be from 1 to TO_END, not 0"),
+        (lambda: branch(0), r"branch\(\): intervals must be from 1 to TO_END, not 0"),
         (lambda: branch(TO_END + 1), "intervals"),
         (lambda: Action(Verb.BRANCH, -1, "2"), "intervals"),
         (lambda: advance("0"), "no branch '0'"),  # type: ignore[arg-type]

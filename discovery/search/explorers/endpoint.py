@@ -167,7 +167,10 @@ class Endpoint:
         """Make one attempt and return its result as plain JSON, with the key redacted."""
         given = self._settings
         if given.api_key is None:
-            raise ExplorerError(f"{KEY} is not set, and the transcript does not hold this call")
+            raise ExplorerError(
+                f"{KEY} is not set, and the transcript does not hold this call; set it to the endpoint's key, or to "
+                "any text if it needs none, and continue the run with --resume"
+            )
         key = given.api_key.get_secret_value()
         if not (key.isascii() and key.isprintable()):
             raise ExplorerError(f"{KEY} has characters that are not allowed in an HTTP header")

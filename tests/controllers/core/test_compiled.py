@@ -151,7 +151,7 @@ print(spawner().check().sealed)
 def test_the_compiled_core_passes_the_suites_of_controllers_and_of_replay(compiled_tree: Path) -> None:
     core, complaint, sealed = _run(compiled_tree, "-c", REPORT).splitlines()
     assert core == "compiled so so"
-    assert complaint == "CONTINUE: there is no branch 0; 0 are open True check"
+    assert complaint == "advance(): there is no branch 0; 0 are open True check"
     assert sealed == "True"
     suites = [f"tests/controllers/{suite}" for suite in SUITES]
     units = ("-m", "not (vllm or soak or process or slow)")

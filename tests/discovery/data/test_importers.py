@@ -116,7 +116,11 @@ def test_cells_of_a_release_are_named_by_its_folders_and_files(tmp_path: Path) -
         ({"branches": []}, "branches: List should have at least 1 item"),
         ({"branches": [{"probes": [], "tokens": -1}]}, "branches.0.tokens: Input should be greater than"),
         ({"branches": [{"probes": [], "tokens": 1.5}]}, "branches.0.tokens: Input should be a valid integer"),
-        ({"branches": [{"probes": [3], "tokens": 1}]}, "branches.0.probes.0: Input should be a valid string"),
+        (
+            {"branches": [{"probes": [3], "tokens": 1}]},
+            'branches.0.probes.0: Input should be a valid string, not 3; write "3"$',
+        ),
+        ({"branches": [{"probes": [], "tokens": "12"}]}, 'branches.0.tokens: Input should be .* integer, not "12"$'),
         ({"branches": [{"probes": [], "tokens": 1, "probe_tokens": [3]}]}, "1 probe_tokens for 0 probes"),
         (
             {"branches": [SIGNALLED | {"confidences": [900, 1001]}]},

@@ -43,7 +43,8 @@ def test_a_question_gets_the_same_id_as_in_the_proxy(tmp_path: Path) -> None:
     [
         ("{", "Invalid JSON"),
         ("[]", "should be an object"),
-        ({}, "messages: Field required"),
+        ({}, "question or messages is needed; the line has no fields"),
+        ({"qestion": "p", "id": "1"}, "question or messages is needed; the line has qestion, id"),
         ({"question": 7}, "question: not a non-empty string"),
         ({"question": ""}, "question: not a non-empty string"),
         ({"question": "p", "messages": TALK}, "it has both question and messages"),

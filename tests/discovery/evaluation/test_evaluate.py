@@ -237,7 +237,7 @@ FAULTY = {
 FAILURE_MESSAGES = {
     "raises": "Mine raised ValueError: no idea",
     "exits": "Mine raised SystemExit: bye",
-    "illegal": "CONTINUE: there is no branch 3; 1 are open",
+    "illegal": "advance(): there is no branch 3; 1 are open",
     "empty": "an empty round makes no progress",
     "nothing": "Mine did not return a list of actions: 'NoneType' object is not iterable",
     "loops": "it took longer than",

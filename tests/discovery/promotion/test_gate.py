@@ -46,7 +46,15 @@ from discovery.promotion.comparison import Comparison
 from discovery.promotion.conditions import GateTerms
 from discovery.promotion.gate import GateJob, run_gate
 from discovery.promotion.ledger import Ledger, fingerprint
-from discovery.promotion.verdict import GateReport, GateVerdict, JudgementContext, card_of, judge, report_of
+from discovery.promotion.verdict import (
+    GateReport,
+    GateVerdict,
+    JudgementContext,
+    card_of,
+    describe_savings,
+    judge,
+    report_of,
+)
 from discovery.store import StorePlace, child_environment
 from proxy.cli import app
 from tests.discovery.evaluation.test_evaluate import Given
@@ -275,6 +283,24 @@ def test_one_question_never_promotes(gain: float) -> None:
     assert (report.mde, report.interval, report.cells[0].low) == (None, None, None)
     assert "NaN" not in json.dumps(report.as_json())
     assert "Infinity" not in json.dumps(report.as_json())
+
+
+def test_a_judgement_of_too_few_questions_says_how_many_are_needed() -> None:
+    few, enough = (
+        next(
+            condition.words
+            for condition in judged({"m": 20}, questions=count).conditions
+            if condition.name == "significant"
+        )
+        for count in (3, 6)
+    )
+    assert "3 questions cannot give less than 0.125: at least 6 are needed" in few
+    assert "needed" not in enough
+
+
+@pytest.mark.parametrize(("percent", "text"), [(75, "75 % fewer tokens"), (-123.4, "123 % more tokens")])
+def test_a_negative_saving_is_stated_as_a_cost(percent: float, text: str) -> None:
+    assert describe_savings(percent) == f"{text} at equal accuracy"
 
 
 def test_an_undecided_verdict_says_how_many_more_questions_it_takes() -> None:

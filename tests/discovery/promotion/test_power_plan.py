@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from controllers.loading import Spec
+from discovery.commands.gate_plan import show_plan
 from discovery.data.importers import format_recording_line
 from discovery.data.recordings import Cell, RecordedQuestion, Split
 from discovery.errors import GateError
@@ -195,6 +196,16 @@ def test_a_plan_that_cannot_be_made_says_what_is_missing(
     source = Given(*recordings)
     with pytest.raises(GateError, match=message):
         make_plan(comparison, source, source.cells(), None)
+
+
+@pytest.mark.parametrize("between", [0.0, 20.0])
+def test_a_plan_without_variance_between_questions_says_that_it_is_rough(
+    between: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    split = TRUE._replace(between=between)
+    plan = PowerPlan("a", "b", 1.0, 0.8, 1, 0.05, 30, 64, 2, 0.5, split, split, 100.0, [], None, None, None)
+    show_plan(plan)
+    assert ("the table is rough" in capsys.readouterr().out) is (between == 0)
 
 
 def test_the_plan_command_prints_a_table_and_writes_the_plan(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ FAILING = {
     "deep": (GOOD + "x = " + "-" * 5000 + "1\n", ""),
     "raises": (deciding("raise ValueError('no idea')"), "48 episodes failed: Mine raised ValueError: no idea"),
     "exits": (deciding("raise SystemExit('bye')"), "48 episodes failed: Mine raised SystemExit: bye"),
-    "illegal": (deciding("return [advance(3)]"), "CONTINUE: there is no branch 3; 0 are open"),
+    "illegal": (deciding("return [advance(3)]"), "advance(): there is no branch 3; 0 are open"),
     "no list": (deciding("return 7"), "did not return a list of actions"),
     "constructor": (GOOD.replace("round(12 ** beta)", "1 / beta"), "its constructor raised ZeroDivisionError"),
     "import": ("import math\nmath.nothing\n" + GOOD, "AttributeError"),

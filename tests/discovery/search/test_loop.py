@@ -851,10 +851,17 @@ def check_refused(folder: Path, message: str, *arguments: str) -> None:
         (["--rounds", "1", "--explorer", "agent"], "--explorer agent needs --command"),
         (["--rounds", "1", "--explorer", "agent", "--command", "a 'b"], "--command: No closing quotation"),
         (["--rounds", "1", "--explorer", "llm"], "--explorer llm needs --llm"),
-        (["--rounds", "1", "--explorer", "llm", "--llm", "none.json"], "none.json: [Errno 2]"),
+        (["--rounds", "1", "--explorer", "llm", "--llm", "none.json"], "none.json: No such file or directory"),
         (["--rounds", "1", "--explorer", "llm", "--llm", "file"], "file: Expecting value"),
         (["--rounds", "1", "--explorer", "llm", "--llm", "list.json"], "list.json: "),
-        (["--rounds", "1", "--explorer", "llm", "--llm", "odd.json"], "modles"),
+        (
+            ["--rounds", "1", "--explorer", "llm", "--llm", "odd.json"],
+            "odd.json: modles: there is no such field; did you mean",
+        ),
+        (
+            ["--rounds", "1", "--explorer", "llm", "--llm", "names.json"],
+            "names.json: models: Input should be a valid dictionary (models: models with the relative weight",
+        ),
         (["--budget-usd", "1", "--explorer", "llm", "--llm", "free.json"], "a budget needs a price for every model"),
     ],
 )
@@ -865,6 +872,7 @@ def test_invalid_arguments_of_discover_give_one_line_and_leave_no_file(
     (tmp_path / "file").write_text("{not json" if "file" not in arguments else "")
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "free.json").write_text(json.dumps(about))
+    (tmp_path / "names.json").write_text(json.dumps(about | {"models": ["m"]}))
     (tmp_path / "odd.json").write_text(json.dumps(about | {"modles": {}}))
     check_refused(tmp_path, message, "discover", "--recordings", str(lines), *arguments)
 

@@ -1,0 +1,34 @@
+"""The page about writing controllers names what the API has, and all that explorers are told."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import controllers
+from controllers import Limits, State
+from controllers.advice import IMPORTS
+from discovery.search import prompt
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "controllers.md").read_text()
+STATE = re.compile(r"`state\.(\w+)")
+CALL = re.compile(r"^(?:- |\| )`(\w+)\(", re.MULTILINE)
+
+
+def test_the_page_names_every_action_and_part_of_the_state_that_explorers_are_told() -> None:
+    assert set(STATE.findall(PAGE)) >= set(STATE.findall(prompt._API))
+    actions = {"branch", "advance", "probe", "prune", "answer"}
+    assert set(CALL.findall(PAGE)) == actions <= set(controllers.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(set(STATE.findall(PAGE))))
+def test_each_part_of_the_state_on_the_page_exists(name: str) -> None:
+    assert hasattr(State(Limits(1)), name)
+
+
+def test_the_page_names_every_module_that_a_controller_may_import() -> None:
+    rules = PAGE.split("- Imports:")[1].split("- No files")[0]
+    assert set(re.findall(r"`([a-z]+)`", rules)) == set(IMPORTS) - {"__future__"}
