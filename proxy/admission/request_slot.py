@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import ExitStack
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
 
@@ -34,6 +33,7 @@ from proxy.admission.usage_meter import (
     last_reported_tokens,
 )
 from proxy.errors import TooMany, UpstreamCircuitOpen, UpstreamUnreachable
+from proxy.http.leases import Leases
 from proxy.http.sse import StreamedResponse
 from proxy.requests.generation_request import GenerationRequest
 from proxy.settings import Settings
@@ -253,7 +253,7 @@ class RequestSlots:
             message = f"{queue.in_flight} requests are running and {queue.waiting} are waiting; retry later"
             raise self._refuse("queue_full", message, error.after_s) from None
         slot = make(permit, place, reservation)
-        leases: ExitStack = request.state.leases
+        leases: Leases = request.state.leases
         leases.callback(slot.release)
         return slot
 
@@ -295,7 +295,7 @@ class RequestSlots:
 class LeaseResponse(Response):
     """Response that releases the leases of its request once it is sent or has failed."""
 
-    def __init__(self, response: Response, leases: ExitStack) -> None:
+    def __init__(self, response: Response, leases: Leases) -> None:
         self.response = response
         self.leases = leases
 
@@ -306,7 +306,7 @@ class LeaseResponse(Response):
 
 async def with_leases(request: Request, endpoint: Callable[[Request], Awaitable[Response]]) -> LeaseResponse:
     """Call an endpoint. The leases of its request are released once the response is sent, or if there is none."""
-    leases = request.state.leases = ExitStack()
+    leases = request.state.leases = Leases()
     try:
         response = await endpoint(request)
     except BaseException:

@@ -18,6 +18,7 @@ import aiohttp
 
 from proxy.tested_versions import has_tested_internals
 from proxy.upstream.pooled_request import UpstreamResponse
+from proxy.upstream.response_body import read_buffered
 
 BodySink = Callable[[bytes, bool], Awaitable[None]]
 """Function that takes a piece of a body and whether it is the last. Await its result before the next piece."""
@@ -37,7 +38,7 @@ async def stream_body(response: UpstreamResponse, sink: BodySink, idle_timeout_s
     content = response.content
     is_over = False
     while not is_over:
-        piece, is_over = content.read_nowait(), content.is_eof()
+        piece, is_over = read_buffered(content), content.is_eof()
         if piece or is_over:
             await sink(piece, is_over)
         else:
@@ -120,7 +121,7 @@ class _BodyTap(asyncio.Protocol):
         if content.exception() is not None:
             self._finish()
             return
-        piece, self._has_last = content.read_nowait(), content.is_eof()
+        piece, self._has_last = read_buffered(content), content.is_eof()
         if not piece and not self._has_last:
             return
         if not self._is_event_stream or b"data" in piece:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, Final, NoReturn, Protocol
 
 import aiohttp
@@ -18,8 +19,6 @@ from aiohttp.connector import Connection
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-FORBIDDEN: Final = "\r\n\0"
-"""Characters that must not occur in the value of a header."""
 INFORMATIONAL: Final = range(100, 200)
 SWITCHING_PROTOCOLS: Final = 101
 _CLOSED: Final = aiohttp.ClientConnectionError("Connection closed")
@@ -60,6 +59,15 @@ class UpstreamResponse(Protocol):
         """Give the connection back to the pool, or close it if the body has not been read to its end."""
 
 
+class _Template(aiohttp.ClientRequest):
+    """Request that stands for all requests to one upstream. It is never sent."""
+
+    @cached_property
+    def connection_key(self) -> Any:
+        """The key of its connections in the pool, which aiohttp builds anew each time."""
+        return super().connection_key
+
+
 class PooledRequests:
     """Sends requests to one upstream over the connections of a session."""
 
@@ -72,7 +80,7 @@ class PooledRequests:
         self._session = session
         self._timeout = timeout
         self._prefix = URL(url).raw_path.rstrip("/")  # of all paths
-        self._template: aiohttp.ClientRequest | None = None  # for the pool, and for headers of all requests
+        self._template: _Template | None = None  # for the pool, and for headers of all requests
         self._heads: dict[tuple[str, ...], str] = {}
         """Lines for those headers, by the method and the names of a request's own. Those names are few: the proxy's."""
 
@@ -119,12 +127,12 @@ class PooledRequests:
         finally:
             timer.cancel()
 
-    def _create_template(self) -> aiohttp.ClientRequest:
-        """Return a request with the session's headers. It is never sent."""
+    def _create_template(self) -> _Template:
+        """Return a request with the session's headers."""
         loop, url, headers = asyncio.get_running_loop(), URL(self._url), CIMultiDict(self._session.headers)
         if url.user or url.password:
             headers["Authorization"] = aiohttp.encode_basic_auth(url.user or "", url.password or "")
-        return aiohttp.ClientRequest("GET", url.with_user(None), loop=loop, headers=headers, session=self._session)
+        return _Template("GET", url.with_user(None), loop=loop, headers=headers, session=self._session)
 
     def _serialise(
         self, template: aiohttp.ClientRequest, method: str, path: str, headers: Mapping[str, str], body: bytes
@@ -199,10 +207,10 @@ def _expire(protocol: ResponseHandler) -> None:
 
 def _as_lines(headers: Mapping[str, str]) -> str:
     """Return headers as lines of a head. Raises ValueError for a header that would end its line."""
-    for value in headers.values():
-        if any(each in value for each in FORBIDDEN):
-            raise ValueError("a header contains a line end or a NUL character")
-    return "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    if not lines.count("\r") == lines.count("\n") == len(headers) or "\0" in lines:
+        raise ValueError("a header contains a line end or a NUL character")
+    return lines
 
 
 def _raise_response_error(url: str, error: aiohttp.http.HttpProcessingError) -> NoReturn:
