@@ -28,7 +28,7 @@ class Controller(Protocol):
 class RemoteController(Protocol):
     """A controller in another process. Other episodes continue while it decides."""
 
-    async def decide_later(self, state: State) -> Sequence[Action]:
+    def decide_later(self, state: State) -> Awaitable[Sequence[Action]]:
         """Decide like `Controller.decide`. Raises ControllerError."""
         ...
 

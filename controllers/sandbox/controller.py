@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
-from functools import partial
-from typing import Any, Final, Generic, NamedTuple, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from controllers.actions import Action
 from controllers.episode import RemoteController
@@ -80,13 +79,9 @@ class _SuspendingController:
     def __init__(self, number: int, beta: float, codes: frames.FactCodes) -> None:
         self._encoder = _EpisodeEncoder(number, beta, codes)
 
-    async def decide_later(self, state: State) -> Sequence[Action]:
-        return self._encoder.take(await _ask(self._encoder.turn(state)))
-
-
-@types.coroutine
-def _ask(turn: list[int]) -> Generator[list[int], Decision, Decision]:
-    return (yield turn)
+    @types.coroutine
+    def decide_later(self, state: State) -> Generator[list[int], Decision, Sequence[Action]]:
+        return self._encoder.take((yield self._encoder.turn(state)))
 
 
 Episode = Callable[[RemoteController], Coroutine[Any, Any, T]]
@@ -147,7 +142,7 @@ class _EpisodeBatch(Generic[T]):
         queue: Iterator[tuple[int, Episode[T]]],
         results: dict[int, T],
     ) -> None:
-        self.waiting: list[_WaitingEpisode[T]] = []
+        self.waiting: list[_SuspendedEpisode[T]] = []
         self._handle = handle
         self._beta = beta
         self._most = frames.most_actions(limits)
@@ -162,7 +157,7 @@ class _EpisodeBatch(Generic[T]):
             number, episode = new
             place = self._free.pop()
             running = episode(_SuspendingController(place, self._beta, self._handle.codes))
-            self._continue(number, place, running, partial(running.send, None))
+            self._continue(_SuspendedEpisode(number, place, running), running.send, None)
         if self.waiting:
             try:
                 self._handle.begin([waiting.turn for waiting in self.waiting], self._most)
@@ -178,20 +173,22 @@ class _EpisodeBatch(Generic[T]):
                 decisions = self._handle.finish()
             except BoundaryViolation as error:
                 self._violation = error
-        for at, (number, place, episode, _) in enumerate(suspended):
-            if self._violation is None:
-                self._continue(number, place, episode, partial(episode.send, decisions[at]))
-            else:
-                self._continue(number, place, episode, partial(episode.throw, self._violation))
+        if self._violation is None:
+            for running, decision in zip(suspended, decisions, strict=True):
+                self._continue(running, running.episode.send, decision)
+        else:
+            for running in suspended:
+                self._continue(running, running.episode.throw, self._violation)
 
-    def _continue(
-        self, number: int, place: int, episode: Coroutine[Any, Any, T], step: Callable[[], list[int]]
-    ) -> None:
+    def _continue(self, running: _SuspendedEpisode[T], step: Callable[[Any], list[int]], argument: object) -> None:
+        """Continue an episode by `step`, until it waits for its next decision or has ended."""
         try:
-            self.waiting.append(_WaitingEpisode(number, place, episode, step()))
+            running.turn = step(argument)
         except StopIteration as done:
-            self._results[number] = done.value
-            self._free.append(place)
+            self._results[running.number] = done.value
+            self._free.append(running.place)
+        else:
+            self.waiting.append(running)
 
     def close(self) -> None:
         """Close the episodes that still run."""
@@ -199,10 +196,13 @@ class _EpisodeBatch(Generic[T]):
             waiting.episode.close()
 
 
-class _WaitingEpisode(NamedTuple, Generic[T]):
+class _SuspendedEpisode(Generic[T]):
     """An episode that waits for a decision."""
 
-    number: int  # of the episode
-    place: int
-    episode: Coroutine[Any, Any, T]
-    turn: list[int]
+    __slots__ = ("episode", "number", "place", "turn")
+
+    def __init__(self, number: int, place: int, episode: Coroutine[Any, Any, T]) -> None:
+        self.number = number  # of the episode
+        self.place = place
+        self.episode = episode
+        self.turn: list[int]  # waits for its decision

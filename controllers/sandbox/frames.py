@@ -98,33 +98,39 @@ def encode_begin(seat: int, beta: float, limits: Limits) -> list[int]:
     return [seat, BEGIN, bits, *(NONE if bound is None else bound for bound in bounds), *flags]
 
 
+class _Numbering(dict[int, int]):
+    """Numbers keys from 0, in the order in which they are first looked up."""
+
+    def __missing__(self, key: int) -> int:
+        number = self[key] = len(self)
+        return number
+
+
 class FactCodes:
     """Codes of the facts sent to a process, by identity: most facts are interned and recur."""
 
     def __init__(self) -> None:
-        self._codes: dict[int, int] = {}
+        self._codes = _Numbering()
         self._sent: list[Fact] = []  # keeps them alive, so that their ids are not reused
         self._new: list[int] = []
 
     def codes_of(self, facts: Sequence[Fact]) -> list[int]:
         """Return the codes of `facts`. New facts are sent with the next frame."""
-        codes = list(map(self._codes.get, map(id, facts)))
-        if None in codes:
-            for at in [at for at, code in enumerate(codes) if code is None]:
-                codes[at] = self._add(facts[at])
-        return codes  # type: ignore[return-value]
+        codes = list(map(self._codes.__getitem__, map(id, facts)))
+        if len(self._codes) > len(self._sent):
+            sent = self._sent
+            for code, fact in zip(codes, facts, strict=True):
+                if code == len(sent):  # codes of new facts are in the order of the facts
+                    sent.append(fact)
+                    self._encode(fact)
+        return codes
 
     def new_facts(self) -> list[int]:
         """Return the facts that the process must get before their codes, as {fact}."""
         new, self._new = self._new, []
         return [len(new) // _FACT, *new]
 
-    def _add(self, fact: Fact) -> int:
-        known = self._codes.get(id(fact))
-        if known is not None:  # the fact occurs twice among the new ones
-            return known
-        code = self._codes[id(fact)] = len(self._sent)
-        self._sent.append(fact)
+    def _encode(self, fact: Fact) -> None:
         label = NONE if fact.label is None else fact.label
         if type(fact) is Advanced:
             ending = label if fact.finished else _RUNNING
@@ -132,7 +138,6 @@ class FactCodes:
             self._new += (fact.branch, fact.intervals, ending, fact.tokens, signals)
         else:
             self._new += (fact.branch, _PROBED, label, fact.tokens, pack_signals(fact.confidence, None))
-        return code
 
 
 def decode_facts(numbers: Sequence[int], at: int, facts: list[Fact]) -> int:
@@ -141,6 +146,9 @@ def decode_facts(numbers: Sequence[int], at: int, facts: list[Fact]) -> int:
     for first in range(at + 1, end, _FACT):
         branch, intervals, code, tokens, signals = numbers[first : first + _FACT]
         label = None if code < 0 else code
+        if not signals and intervals != _PROBED:  # the most frequent: facts that recur are sent once
+            facts.append(Advanced(branch, intervals, tokens, code != _RUNNING, label))
+            continue
         confidence, lowest = unpack_signals(signals)
         if intervals == _PROBED:
             facts.append(Probed(branch, label, tokens, confidence))
@@ -169,12 +177,11 @@ def decode_turn(
     numbers: Sequence[int], at: int, decided: Sequence[Action], known: Sequence[Fact]
 ) -> tuple[Sequence[Action], list[Fact], int]:
     """Return the actions and facts of the later turn at `at`, and the position of the next turn."""
-    kind, at = numbers[at + 1], at + 2
-    if kind == ROUND:
-        end = at + 1 + numbers[at]
-        decided, at = [decode_action(number) for number in numbers[at + 1 : end]], end
-    end = at + 1 + numbers[at]
-    return decided, list(map(known.__getitem__, numbers[at + 1 : end])), end
+    if numbers[at + 1] == ROUND:
+        end = at + 3 + numbers[at + 2]
+        decided, at = [decode_action(number) for number in numbers[at + 3 : end]], end - 2
+    end = at + 3 + numbers[at + 2]
+    return decided, list(map(known.__getitem__, numbers[at + 3 : end])), end
 
 
 # Decisions, from the process
@@ -195,11 +202,13 @@ def encode_action(action: Action) -> int:
 
 def encode_actions(actions: Sequence[Action]) -> list[int]:
     """Return the number of actions and then each action as a number. Raises like `encode_action`."""
+    numbers = [0]
     try:
-        numbers = list(map(_numbers.__getitem__, map(id, actions)))
+        numbers.extend(map(_numbers.__getitem__, map(id, actions)))
     except KeyError:
-        numbers = [encode_action(action) for action in actions]
-    return [len(numbers), *numbers]
+        numbers = [0, *map(encode_action, actions)]
+    numbers[0] = len(numbers) - 1
+    return numbers
 
 
 def decode_action(number: int) -> Action:
@@ -247,6 +256,24 @@ def decode_decision(numbers: Sequence[int], at: int, most: int) -> tuple[list[Ac
         return list(map(_actions.__getitem__, numbers[at + 1 : end])), end
     except KeyError:
         return [decode_action(number) for number in numbers[at + 1 : end]], end
+
+
+def decode_decisions(numbers: Sequence[int], at: int, count: int, most: int) -> tuple[list[list[Action] | str], int]:
+    """Return `count` decisions that begin at `at`, and the position after them. Raises like `decode_decision`."""
+    known, total = _actions.__getitem__, len(numbers)
+    decisions: list[list[Action] | str] = []
+    for _ in range(count):
+        end = at + 1 + numbers[at] if at < total else -1
+        if at < end <= min(total, at + 1 + most):
+            try:
+                decisions.append(list(map(known, numbers[at + 1 : end])))
+                at = end
+                continue
+            except KeyError:
+                pass
+        decision, at = decode_decision(numbers, at, most)
+        decisions.append(decision)
+    return decisions, at
 
 
 def encode_complaint(error: str) -> list[int]:

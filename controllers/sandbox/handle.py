@@ -22,7 +22,7 @@ from controllers.sandbox.exit_reasons import explain_exit, explain_late
 from controllers.sandbox.frames import BadFrame
 from controllers.sandbox.functions import MAX_TEXT
 from controllers.sandbox.polling import is_ready, wait_ready
-from controllers.sandbox.process_usage import ProcessUsage, ProcessUsageReader
+from controllers.sandbox.process_usage import ProcessUsageReader
 
 T = TypeVar("T")
 
@@ -87,7 +87,8 @@ class SandboxHandle:
         self._sealed = False  # the process has confirmed that it is sealed
         self._number = 0  # of the latest frame
         self._ended: BoundaryViolation | MachineDisturbed | None = None  # why it can no longer decide
-        self._idle: ProcessUsage | None = None  # usage at the latest answer; None while it decides
+        self._idle_s: float | None = None  # processor time at the latest answer; None while it decides
+        self._loading: _Pending[str]  # started by `begin_load`
         self._pending: _Pending[list[Decision]]  # started by `begin`
         channel.setblocking(False)
         if clock is Clock.WALL:
@@ -101,13 +102,29 @@ class SandboxHandle:
 
     def load(self, spec: Spec) -> None:
         """Load a controller. BadController, BoundaryViolation and MachineDisturbed close the handle."""
+        self.begin_load(spec)
+        self.finish_load()
+
+    def begin_load(self, spec: Spec) -> None:
+        """Start loading a controller once the process is sealed; `finish_load` waits for it. Raises like `load`."""
         about = [*frames.encode_text(spec.name), *frames.encode_text(spec.source or "")]
         deadline = Deadline(self._meter, Clock.CPU, LOAD_S)
         try:
-            complaint = self._wait(self._question(frames.LOAD, about, deadline, _complaint))
+            self._loading = self._question(frames.LOAD, about, deadline, _complaint)
+            self._continue(self._loading, until=select.POLLIN)
+            if not self._sealed:  # it waited for the seal, and now waits for the answer
+                self._continue(self._loading, until=select.POLLIN)
+        except BaseException:  # also if it was killed before it was asked
+            self.close()
+            raise
+
+    def finish_load(self) -> None:
+        """Wait until the controller is loaded. Raises like `load`."""
+        try:
+            complaint = self._wait(self._loading)
             if complaint:
                 raise BadController(frames.printable(complaint))
-        except BaseException:  # also if it was killed before it was asked
+        except BaseException:
             self.close()
             raise
 
@@ -197,8 +214,8 @@ class SandboxHandle:
         """
         if not self._sealed:
             yield from self._await_seal()
-        idle, self._idle = self._idle, None
-        if idle is not None and (unasked_s := self._meter.read().since(idle).cpu) > UNASKED_S:
+        idle_s, self._idle_s = self._idle_s, None
+        if idle_s is not None and (unasked_s := self._meter.read_cpu() - idle_s) > UNASKED_S:
             raise _Unasked(f"it computed for {unasked_s:.2f} s while no decision was requested")
         self._number += 1
         if self.clock is Clock.WALL:
@@ -213,7 +230,7 @@ class SandboxHandle:
         reply = yield from self._frame()
         if self.clock is Clock.WALL:
             self._signal(signal.SIGSTOP)
-        self._idle = self._meter.read()
+        self._idle_s = self._meter.read_cpu()
         if not reply or reply[0] != self._number:
             raise BadFrame("it replied to another request")
         return parse(reply)
@@ -257,14 +274,11 @@ class SandboxHandle:
         deadline = pending.deadline
         try:
             while True:
-                left = deadline.left()
                 # The deadline may pass while the owner is busy: an answer that can be read now counts.
-                if not pending.event or is_ready(self._channel.fileno(), pending.event, left):
+                if not pending.event or self._is_ready_in_time(pending.event, deadline):
                     pending.event = next(pending.exchange)
                     if pending.event == until:
                         return
-                elif left <= 0 and not deadline.extend():
-                    raise _Late
         except StopIteration as done:
             pending.reply = done.value
         except _ENDS as error:
@@ -277,6 +291,18 @@ class SandboxHandle:
         except BaseException:
             self.close()
             raise
+
+    def _is_ready_in_time(self, event: int, deadline: Deadline) -> bool:
+        """Wait for an event on the channel; return whether it can happen now. Raises _Late."""
+        channel = self._channel.fileno()
+        if is_ready(channel, event):
+            return True
+        left = deadline.left()
+        if is_ready(channel, event, left):
+            return True
+        if left <= 0 and not deadline.extend():
+            raise _Late
+        return False
 
     async def _wait_later(self, pending: _Pending[T]) -> T:
         """Complete an exchange without blocking the event loop."""
@@ -367,11 +393,7 @@ def _outcomes(reply: Sequence[int], count: int) -> tuple[str, list[str]]:
 
 def _decisions(reply: Sequence[int], count: int, most: int) -> list[Decision]:
     """Return `count` decisions of at most `most` actions each. Raises BadFrame."""
-    decisions: list[Decision] = []
-    at = 1
-    for _ in range(count):
-        decided, at = frames.decode_decision(reply, at, most)
-        decisions.append(decided)
+    decisions, at = frames.decode_decisions(reply, 1, count, most)
     if at != len(reply):
         raise BadFrame(f"{len(reply) - at} numbers too many in the frame")
     return decisions

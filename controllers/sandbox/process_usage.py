@@ -47,6 +47,13 @@ class ProcessUsageReader:
             return ProcessUsage(time.monotonic())
         return ProcessUsage(time.monotonic(), cpu, queued / 1e9)
 
+    def read_cpu(self) -> float:
+        """Return the processor time so far, which is read faster than the rest; 0 of a process that has ended."""
+        try:
+            return time.clock_gettime(self._clock)
+        except OSError:
+            return 0.0
+
     def close(self) -> None:
         """Free the descriptor. `read` must not be called afterwards."""
         if self._statistics is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import re
 import select
 import signal
 import socket
@@ -161,6 +162,29 @@ def test_any_numbers_decode_to_a_bounded_decision_or_are_refused(numbers: list[i
         return
     assert 0 < at <= len(numbers)
     assert isinstance(decided, str) or len(decided) <= most
+
+
+@given(
+    numbers=st.lists(st.integers(-3, 5) | actions.map(frames.encode_action), max_size=12),
+    count=st.integers(0, 4),
+    most=st.integers(0, 5),
+)
+def test_decisions_decode_together_as_they_do_one_by_one(numbers: list[int], count: int, most: int) -> None:
+    try:
+        decisions, at = frames.decode_decisions(numbers, 0, count, most)
+    except BadFrame as error:
+        with pytest.raises(BadFrame, match=re.escape(str(error))):
+            decode_one_by_one(numbers, count, most)
+    else:
+        assert (decisions, at) == decode_one_by_one(numbers, count, most)
+
+
+def decode_one_by_one(numbers: list[int], count: int, most: int) -> tuple[list[list[Action] | str], int]:
+    at, decisions = 0, list[list[Action] | str]()
+    for _ in range(count):
+        decision, at = frames.decode_decision(numbers, at, most)
+        decisions.append(decision)
+    return decisions, at
 
 
 def test_frames_over_the_size_limit_are_refused() -> None:
@@ -498,7 +522,7 @@ def test_computing_between_two_requests_is_a_boundary_violation(sandbox_spawner:
     worker.load(Spec("mine", RESTLESS))
     sealed, state = SandboxedController(worker, 0.5), State(LIMITS)
     decided = sealed.decide(state)
-    while worker._idle is not None and worker._meter.read().since(worker._idle).cpu <= handles.UNASKED_S:
+    while worker._idle_s is not None and worker._meter.read_cpu() - worker._idle_s <= handles.UNASKED_S:
         pass
     state.apply(decided, [Advanced(0, 1, 10, False)])
     with pytest.raises(BoundaryViolation, match=r"it computed for 0\... s while no decision was requested") as crossed:
