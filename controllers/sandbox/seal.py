@@ -10,6 +10,7 @@ import ctypes
 import os
 import platform
 import struct
+from contextlib import suppress
 from enum import IntFlag
 from functools import cache
 from typing import Final, NamedTuple
@@ -82,6 +83,13 @@ _SETS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1,
 _PDEATHSIG, _DUMPABLE, _SECCOMP, _NO_NEW_PRIVS = 1, 4, 22, 38  # of prctl
 
 
+def prepare() -> None:
+    """Do what is the same for all processes that this one will fork, so that sealing them takes less time."""
+    with suppress(KeyError, OSError):  # `seal` raises them again, with the name of the layer
+        _libc()
+        _filter_program()
+
+
 def seal(layers: Layer, parent: int) -> None:
     """Apply `layers` to this process for good. Raises SealLayerMissing if the kernel refuses one.
 
@@ -142,10 +150,15 @@ def _landlock() -> None:
 
 
 def _filter_calls() -> None:
-    program = _program(_MACHINES[platform.machine()])
+    program = _filter_program()
     code = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("@HP", len(program) // 8, ctypes.addressof(code))
     _prctl(_SECCOMP, 2, header)
+
+
+@cache
+def _filter_program() -> bytes:
+    return _program(_MACHINES[platform.machine()])
 
 
 def _program(machine: _Machine) -> bytes:

@@ -31,7 +31,7 @@ from typing import Final, NoReturn
 import controllers.baselines
 from controllers.sandbox import attempts, process
 from controllers.sandbox.frames import encode_text, pack
-from controllers.sandbox.seal import Layer, SealLayerMissing, seal
+from controllers.sandbox.seal import Layer, SealLayerMissing, prepare, seal
 
 PRELOADED: Final = (bisect, functools, heapq, itertools, math, resource, statistics, typing, controllers.baselines)
 """Modules that controllers and the seal need: nothing can be imported later. This package imports the others."""
@@ -44,6 +44,10 @@ REPLY: Final = struct.Struct("=i")
 def main(descriptor: int) -> None:
     """Serve the owner at the other end of `descriptor` until it closes the channel."""
     owner, zygote = socket.socket(fileno=descriptor), os.getpid()
+    # What all processes would do alike is done once, before they are forked.
+    os.environ.clear()
+    process.only_built_in_imports()
+    prepare()
     gc.collect()
     gc.freeze()
     while True:
@@ -76,9 +80,7 @@ def _run_process(parent: int, channel: int, layers: Layer, attempt: int | None) 
         for standard in range(3):
             os.dup2(nowhere, standard)
         os.close(nowhere)
-        os.environ.clear()
         random.seed(0)  # `statistics` imports it, and a fork reseeds it: all processes must draw the same numbers
-        process.only_built_in_imports()
         try:
             seal(layers, parent)
         except SealLayerMissing as error:

@@ -35,7 +35,7 @@ from controllers import (
 )
 from controllers.episode import RemoteController
 from controllers.loading import Spec, make
-from controllers.sandbox.controller import EPISODES_PER_PROCESS, Episode, run_together
+from controllers.sandbox.controller import EPISODES_PER_PROCESS, Episode, episodes_per_message, run_together
 from controllers.sandbox.deadline import Clock
 from controllers.sandbox.handle import SandboxHandle
 from controllers.sandbox.spawner import spawner
@@ -181,16 +181,21 @@ def run_sandboxed(
 ) -> list[T]:
     """Run episodes in so many new sandbox processes of one controller, up to `share` at a time in each.
 
+    Processes that would get no episode are not started. The others start at the same time.
+
     No episode may have wider limits than `limits`. Raises ControllerError if the controller does not load,
     SandboxUnavailable and MachineDisturbed.
     """
     with ExitStack() as stack:
         workers: list[SandboxHandle] = []
-        for _ in range(processes):
+        for _ in range(min(processes, -(-len(episodes) // min(share, episodes_per_message(limits))))):
             worker = spawner().spawn(clock=Clock.CPU)
             stack.callback(worker.close)
-            worker.load(spec)
             workers.append(worker)
+        for worker in workers:
+            worker.begin_load(spec)
+        for worker in workers:
+            worker.finish_load()
         return run_together(workers, beta, limits, episodes, share)
 
 

@@ -18,7 +18,9 @@ import pytest
 from controllers.errors import MachineDisturbed
 from controllers.loading import Spec
 from controllers.sandbox import handle as handles
+from controllers.sandbox.deadline import Clock
 from controllers.sandbox.handle import SandboxHandle
+from controllers.sandbox.spawner import spawner
 from discovery.data.recordings import Cell, Recording, Split, intern_answers
 from discovery.errors import GateError
 from discovery.evaluation.replay_jobs import MIN_AUDITED, Job, JobResult, ReplayRules, run_job
@@ -79,6 +81,18 @@ def steps(seconds: float) -> int:
     code = f"import time\nat = time.process_time()\nfor _ in range({10**6}): pass\nprint(time.process_time() - at)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(seconds / float(done.stdout) * 10**6)
+
+
+def test_only_processes_that_get_an_episode_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, spawn = list[SandboxHandle](), spawner().spawn
+
+    def count(clock: Clock) -> SandboxHandle:
+        started.append(spawn(clock=clock))
+        return started[-1]
+
+    monkeypatch.setattr(spawner(), "spawn", count)
+    assert played().failures == []
+    assert len(started) == 1 + MIN_AUDITED  # all episodes fit into one message
 
 
 def test_a_slow_decision_within_its_processor_time_passes_on_a_busy_machine() -> None:
