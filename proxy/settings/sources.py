@@ -71,7 +71,8 @@ def configure(file: Path | None, flags: Mapping[str, object], defaults: Mapping[
     given = {name: value for name, value in flags.items() if value is not None}
     _refuse_unknown(given, "")
     in_file = {} if file is None else _read(file)
-    in_environment = {name for name in Settings.model_fields if _variable(name)}
+    variables = {name.upper() for name, value in os.environ.items() if value}
+    in_environment = {name for name in Settings.model_fields if PREFIX + name.upper() in variables}
     sources = dict.fromkeys(Settings.model_fields, DEFAULT)
     sources |= dict.fromkeys(in_file, f"file {file}")
     sources |= dict.fromkeys(in_environment, ENVIRONMENT)
