@@ -8,6 +8,7 @@ test` everything but soak, and `make soak` what is only worth running now and th
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import multiprocessing.util
 import os
@@ -16,6 +17,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import httpcore2
 import hypothesis
 import pytest
 import pytest_asyncio
@@ -124,6 +126,8 @@ class _FasterPolling:
 hypothesis.settings.register_profile("busy machine", deadline=None)  # an example may wait for the processor
 hypothesis.settings.load_profile("busy machine")
 vars(uvicorn.server)["asyncio"] = _FasterPolling()
+# Each of OpenAI's clients would read the machine's certificates, which takes as long as starting a proxy.
+vars(httpcore2)["default_ssl_context"] = functools.cache(httpcore2.default_ssl_context)
 os.environ |= {  # Ray reads these when it is imported
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # it listens on 127.0.0.1 only
     "RAY_AUTH_MODE": "token",  # of all clusters, because a process has one mode

@@ -51,7 +51,8 @@ class Proxy(NamedTuple):
         from prometheus_client.parser import text_string_to_metric_families
 
         async with self.http.get(f"{self.url}/metrics") as response:
-            families = text_string_to_metric_families(await response.text())
+            lines = (await response.text()).splitlines(keepends=True)
+        families = text_string_to_metric_families("".join(line for line in lines if line.startswith(name)))
         samples = (sample for family in families for sample in family.samples if sample.name == name)
         return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
 
