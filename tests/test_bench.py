@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench.__main__ import usual_parts
 from tests.bench.its_hub_client import boxed
 from tests.bench.peers import PeerEnvironment, PeerMissing
 from tests.bench.replay import FILE
@@ -17,7 +18,7 @@ from tests.bench.rows import Row, Size, median_ratio, percentile
 
 ROOT = Path(__file__).parents[1]
 NEEDS_RECORDINGS = {"replay", "default", "cascade", "ray"}
-PARTS = (
+WITHOUT_MODEL = (
     "answers",
     "replay",
     "sealed",
@@ -29,26 +30,46 @@ PARTS = (
     "recorder",
     "edge",
     "own",
-    "busy",
-    "live",
-    "collect",
-    "signals",
 )
+WITH_MODEL = ("busy", "live", "collect", "signals")
 TIMEOUT_S = 900
 """Only a part that hangs takes this long."""
+early = pytest.mark.xdist_group("bench")
+"""pytest-xdist starts groups before single tests, so that no worker waits at the end for these."""
 
 
-@pytest.mark.timeout(2 * TIMEOUT_S)
-def test_a_quick_run_measures_every_part(vllm: str) -> None:
-    command = [sys.executable, "-m", "tests.bench", "--quick", "--upstream", vllm]
+def rows_of_a_quick_run(*arguments: str) -> dict[str, int]:
+    """Run parts at their smallest size and return the number of rows of each."""
+    command = [sys.executable, "-m", "tests.bench", "--quick", *arguments]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert ran.returncode == 0, ran.stderr[-4000:]
-    rows = {part: int(count) for part, count in re.findall(r"^(\w+): (\d+) rows in", ran.stderr, re.MULTILINE)}
-    assert tuple(rows) == PARTS
+    return {part: int(count) for part, count in re.findall(r"^(\w+): (\d+) rows in", ran.stderr, re.MULTILINE)}
+
+
+def test_a_run_without_names_of_parts_has_all_but_the_rivals() -> None:
+    assert tuple(usual_parts(with_peers=False)) == WITHOUT_MODEL + WITH_MODEL
+    assert tuple(usual_parts(with_peers=True)) == (*WITHOUT_MODEL, *WITH_MODEL, "rivals")
+
+
+@early
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.timeout(2 * TIMEOUT_S)
+def test_a_quick_run_measures_every_part_that_needs_no_model() -> None:
+    rows = rows_of_a_quick_run(*WITHOUT_MODEL)
+    assert tuple(rows) == WITHOUT_MODEL
     expected_empty = set() if FILE.exists() else NEEDS_RECORDINGS
     assert {part for part, count in rows.items() if not count} == expected_empty
 
 
+@pytest.mark.timeout(2 * TIMEOUT_S)
+def test_a_quick_run_measures_every_part_that_needs_the_model(vllm: str) -> None:
+    rows = rows_of_a_quick_run("--upstream", vllm, *WITH_MODEL)
+    assert tuple(rows) == WITH_MODEL
+    assert all(rows.values())
+
+
+@early
 @pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize("kind", ["forwarded", "controlled"])

@@ -112,6 +112,11 @@ WITH_PEERS: Final = frozenset({"rivals"})
 """Parts that run only if they are named, or with `--peers`."""
 
 
+def usual_parts(*, with_peers: bool) -> list[str]:
+    """Return the parts that run if none is named."""
+    return [part for part in PARTS if with_peers or part not in WITH_PEERS]
+
+
 def run(parts: Sequence[str], size: Size, *, with_peers: bool = False, json_to: Path | None = None) -> None:
     """Run `parts`, print their rows, and write them to `json_to` or to the report, unless the run is quick."""
     rows: list[Row] = []
@@ -204,9 +209,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(sorted(unknown))}; use {', '.join(PARTS)}")
-    usual = [part for part in PARTS if options.peers or part not in WITH_PEERS]
     run(
-        options.parts or usual,
+        options.parts or usual_parts(with_peers=options.peers),
         Size(options.quick, options.upstream, options.plots, options.episodes),
         with_peers=options.peers,
         json_to=options.json,

@@ -131,7 +131,7 @@ def _compiled_minute(
 
 def _minute(cascade: Cascade, known: list[CandidateVerdict], explorer: str, size: Size, varied: int = 0) -> float:
     """Return the candidates per minute of a short grammar search whose candidates are judged as those of `explorer`."""
-    grammar = Grammar(batch=size.pick(8, 2), varied=varied)
+    grammar = Grammar(batch=size.pick(8, 1), varied=varied)
     pairs: list[tuple[Candidate, CandidateVerdict]] = []
     began = time.perf_counter()
     for step in range(size.pick(STEPS, 1)):

@@ -139,7 +139,7 @@ async def rows(size: Size) -> list[Row]:
 async def _live(size: Size) -> AsyncIterator[Curve]:
     """Yield the curves of the proxy."""
     last = size.pick(len(AT_ONCE), 2)
-    for name, axis, sizes, load_of in LOADS:
+    for name, axis, sizes, load_of in LOADS[:: size.pick(1, 2)]:
         costs = [await _serve(load_of(number), size) for number in sizes[:last]]
         for curve in _curves(axis, sizes[:last], costs):
             yield curve._replace(name=f"proxy: {name}, {curve.name}")

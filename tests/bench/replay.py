@@ -94,7 +94,7 @@ def _cores(recorded: Sequence[RecordedQuestion], size: Size) -> Row:
     for _ in range(size.pick(3, 1)):
         for name, spent in times.items():
             specs = [Spec("cmc"), Spec("parallel_probe")]
-            shuffles = size.pick(SHUFFLES, QUICK)
+            shuffles = size.pick(SHUFFLES, 2)
             evaluation = Evaluation(_InMemorySource(recorded), [release_cell(FILE)], specs, [0.0, 0.5, 1.0], shuffles)
             began = time.perf_counter()
             evaluation.run(make_engine(name, 2))
