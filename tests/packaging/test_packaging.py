@@ -17,7 +17,11 @@ from tests.packaging.distributions import Distributions, build, build_from_git, 
 from tests.packaging.installation import Installation
 from tests.readability import ROOT
 
-pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("serial"),  # one of the tests uses vLLM; elsewhere, another wheel would be built for the rest
+]
 
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 

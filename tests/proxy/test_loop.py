@@ -67,7 +67,7 @@ async def test_a_controller_is_discovered_gated_promoted_served_and_rolled_back(
     assert all(recording.complete and len(recording.branches) == BRANCHES for recording in collected)
 
     about = ("--recordings", str(recordings), "--shuffles", "2", "--workers", "2")
-    await autotts("discover", *about, "--minutes", "0.3", "--seed", "7", "--out", str(folder / "run"))
+    await autotts("discover", *about, "--rounds", "2", "--seed", "7", "--out", str(folder / "run"))
     (file,) = (folder / "run").glob("grammar-*.py")
     card = json.loads(file.with_suffix(".json").read_text())
     digest = read(file).digest
