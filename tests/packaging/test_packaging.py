@@ -20,7 +20,7 @@ from tests.readability import ROOT
 pytestmark = [
     pytest.mark.process,
     pytest.mark.slow,
-    pytest.mark.xdist_group("serial"),  # one of the tests uses vLLM; elsewhere, another wheel would be built for the rest
+    pytest.mark.xdist_group("serial"),  # where the last test runs, which uses vLLM, so that one wheel is built
 ]
 
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
