@@ -25,7 +25,7 @@ pytestmark = pytest.mark.vllm
 
 MODEL = "autotts-tiny"
 ALIAS = f"{MODEL}@0.25"
-QUESTION = held_back(1)[0].question
+QUESTION = held_back(1, lengths=(4, 4))[0].question
 MESSAGES: Any = [{"role": "user", "content": QUESTION}]
 PROMPT = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
 """The question as rendered by the model's chat template."""
