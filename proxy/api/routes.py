@@ -134,7 +134,7 @@ ROUTES: Final = (
         "GET",
         Access.ADMIN,
         lambda endpoints: endpoints.tts.keys,
-        Operation("Retrieve the limits and the usage of each key (admins only)"),
+        Operation("Retrieve the limits, the β and the usage of each key (admins only)"),
     ),
     Route(
         "/v1/tts/requests/{request_id:path}",

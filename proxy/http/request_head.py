@@ -29,6 +29,8 @@ SINGLE_HEADERS: Final = (
 """Headers that the proxy interprets. Each may occur once: of two, a gateway in front could use the other one."""
 NAME_PREFIXES: Final = ("/v1/models/", "/v1/tts/requests/")
 """Path prefixes that are followed by a name, which may be percent-encoded. No other path may be."""
+SLASHED_PATHS: Final = frozenset({"/ui/"})
+"""Paths that may end in a slash, because people type them into browsers; they are redirected."""
 
 METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE")
 MOST_SHOWN: Final = 200
@@ -83,7 +85,7 @@ def check_target(target: bytes) -> None:
     if not _TARGET.fullmatch(target) or b"#" in target:
         raise BadRequest("the request target must be a path; this server is not a forward proxy", code="bad_target")
     path = target.partition(b"?")[0].decode()
-    if not _is_plain(path):
+    if path not in SLASHED_PATHS and not _is_plain(path):
         raise BadRequest(_path_problem(path), code="bad_path")
 
 

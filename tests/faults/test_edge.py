@@ -677,7 +677,15 @@ async def test_a_body_with_duplicate_keys_or_deep_nesting_gets_400(proxy: Proxy,
     assert proxy.backend.requests == []
 
 
-FINE = [b"/", b"/v1/models", b"/v1/models/org%2Fname", b"/v1/models/org/name@0.5", b"/metrics?a=%2e%2e/../b&c=http://d"]
+FINE = [
+    b"/",
+    b"/ui/",
+    b"/ui/?range=day",
+    b"/v1/models",
+    b"/v1/models/org%2Fname",
+    b"/v1/models/org/name@0.5",
+    b"/metrics?a=%2e%2e/../b&c=http://d",
+]
 
 
 @pytest.mark.parametrize("target", FINE)

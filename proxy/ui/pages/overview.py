@@ -33,6 +33,7 @@ from proxy.ui.usage import RANGES, period_of, scope_of, tenant_names
 
 logger = logging.getLogger(__name__)
 
+HOME: Final = "/ui"
 PANELS: Final = "/ui/overview/panels"
 MOST_TENANTS: Final = 20
 """Keys with the most tokens that are listed."""
@@ -229,4 +230,14 @@ def _estimated_saving(service: Service) -> dict[str, float]:
     return {"tokens": saved - overspent, "branches": service.settings.max_branches}
 
 
-PAGE: Final = Page("overview", "Overview", (UiRoute("/ui", show), UiRoute(PANELS, panels)), href="/ui")
+async def without_slash(context: PageContext) -> Response:
+    """Redirect `/ui/` to the overview."""
+    return context.redirect(HOME)
+
+
+PAGE: Final = Page(
+    "overview",
+    "Overview",
+    (UiRoute(HOME, show), UiRoute(f"{HOME}/", without_slash), UiRoute(PANELS, panels)),
+    href=HOME,
+)

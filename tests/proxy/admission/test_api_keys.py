@@ -164,13 +164,16 @@ async def test_a_key_has_its_own_default_beta(backend: FakeVLLM, tmp_path: Path,
     path = tmp_path / "keys.toml"
     alice = api_keys.key_file_entry("alice", ALICE).replace(" }", ", beta = 0.25 }")
     write(path, alice, api_keys.key_file_entry("bob", BOB))
-    async with running(load(upstream=backend.url, keys=path, beta=0.75, **SMALL)) as url:
+    async with running(load(upstream=backend.url, keys=path, admin_key=BOSS, beta=0.75, **SMALL)) as url:
         for token, beta, expected in ((ALICE, None, "0.25"), (BOB, None, "0.75"), (ALICE, "1", "1")):
             _, headers, _ = await ask(http, url, token, beta)
             source = "default" if beta is None else "header"
             assert (headers["x-tts-beta"], headers["x-tts-beta-source"]) == (expected, source)
         _, headers, _ = await ask(http, url, ALICE, None, model="fake-model@0.5")
         assert headers["x-tts-beta"] == "0.5"
+        async with http.get(f"{url}/v1/tts/keys", headers=bearer(BOSS)) as response:
+            keys = (await response.json())["keys"]
+        assert {name: key["beta"] for name, key in keys.items()} == {"alice": 0.25, "bob": None}
 
 
 async def test_a_replaced_key_is_rejected_and_its_tenant_keeps_its_requests(

@@ -130,6 +130,12 @@ async def test_yesterday_is_the_last_whole_day(backend: FakeVLLM, tmp_path: Path
     assert "<dt>Requests</dt><dd>2</dd>" in page
 
 
+async def test_the_address_with_a_slash_leads_to_the_overview(local: Browser) -> None:
+    reply = await local.get("/ui/")
+    assert (reply.status, reply.headers["location"]) == (303, "/ui")
+    assert (await local.get("/ui/requests/")).status == 400
+
+
 async def test_an_unknown_period_is_refused_with_the_known_ones(local: Browser) -> None:
     reply = await local.get("/ui?range=year")
     assert reply.status == 400
