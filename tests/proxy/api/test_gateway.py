@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 MODEL = "autotts-tiny"
-QUESTION = held_back(1)[0].question
+QUESTION = held_back(1, lengths=(4, 4))[0].question
 MESSAGES = [{"role": "user", "content": QUESTION}]
 BETA: dict[str, Any] = {"beta": 0.25}
 START_S = 240.0
@@ -109,7 +109,7 @@ async def test_beta_from_any_source_passes_through_the_gateway(
     headers_seen = {name: answered[f"llm_provider-x-tts-{name}"] for name in ("applied", "beta", "beta-source")}
     assert headers_seen == {"applied": "true", "beta": "0.25", "beta-source": source}
     if stream:  # the gateway drops the `tts` of a stream
-        assert reply["usage"]["completion_tokens"] > 200
+        assert reply["usage"]["completion_tokens"] > 100
         return
     assert "\\boxed{" in reply["choices"][0]["message"]["content"]
     assert int(answered["llm_provider-x-tts-tokens"]) >= reply["usage"]["completion_tokens"] > 0
