@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import repeat, takewhile
 from pathlib import Path
 from typing import Any, Final
 
@@ -87,7 +87,7 @@ async def soak(folder: Path, seconds: float, clients: int, dice: random.Random) 
                     f"the p99 of /health is {p99:.1f} ms, above {MOST_HEALTH_MS:.0f} + {control:.1f} ms"
                 )
         await _check_store(stack, report)
-        report.faults += [f"log: {line}" for line in stack.log.read_text().splitlines() if "Traceback" in line]
+        report.faults += [f"log: {each}" for each in tracebacks(stack.log.read_text())]
     report.faults += stack.faults
     report.say(f"{report.sent.total()} requests by kind: {dict(report.sent)}")
     report.say(f"outcomes: {dict(report.outcomes)}; upstream faults: {dict(stack.relay.faults)}")
@@ -215,6 +215,16 @@ async def _settled_tokens(stack: SoakStack, http: aiohttp.ClientSession) -> floa
         last = generated
         await asyncio.sleep(0.25)
     raise AssertionError
+
+
+def tracebacks(log: str) -> list[str]:
+    """Return the end of each traceback in a log, down to its error, because the log is removed with its folder."""
+    lines, ends = log.splitlines(), []
+    for begin, line in enumerate(lines):
+        if "Traceback" in line:
+            frames = list(takewhile(lambda frame: frame.startswith(" "), lines[begin + 1 :]))
+            ends.append("\n".join([line, *frames[-12:], *lines[begin + 1 + len(frames) :][:1]]))
+    return ends
 
 
 def _difference(after: dict[str, float], before: dict[str, float], name: str) -> float:

@@ -14,7 +14,7 @@ from tests.fakes import MODEL, FakeVLLM
 from tests.faults.processes import until
 from tests.soak.measurements import HealthProbe, p99_ms
 from tests.soak.relay import FAULTS, Relay
-from tests.soak.run import SoakReport
+from tests.soak.run import SoakReport, tracebacks
 from tests.soak.traffic import CHAT, Client, Kind, Tally, last_event
 
 ASKED = Kind("chat", CHAT, {})
@@ -67,6 +67,13 @@ def test_the_report_notices_requests_that_did_not_end() -> None:
     report.add(judged(200, reply(3)))
     assert "the id a was answered twice" in report.faults
     assert "WRONG: 2 requests" in report.text()
+
+
+def test_the_report_shows_the_error_of_a_traceback() -> None:
+    frames = '  File "a.py", line 1, in f\n    g()\n'
+    log = f"INFO ready\nERROR failed\nTraceback (most recent call last):\n{frames}ValueError: 7\nINFO later\n"
+    assert tracebacks(log) == [f"Traceback (most recent call last):\n{frames}ValueError: 7"]
+    assert tracebacks("INFO ready\n") == []
 
 
 async def test_the_relay_passes_requests_on_and_spoils_its_share() -> None:
