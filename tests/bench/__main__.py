@@ -1,4 +1,4 @@
-"""Run all benchmarks, or the named parts; print a table and write it to `tests/bench/report.md`.
+"""Run all benchmarks, or the named parts; print a table and write it to `build/bench.md`.
 
     python -m tests.bench [--quick] [--peers] [--upstream URL] [--json FILE] [--plots FOLDER] [--episodes N]
                           [PART ...]
@@ -52,7 +52,7 @@ from tests.bench import (
 from tests.bench.peers import PEERS
 from tests.bench.rows import Row, Size
 
-REPORT: Final = Path(__file__).with_name("report.md")
+REPORT: Final = Path(__file__).parents[2] / "build" / "bench.md"
 HEADINGS: Final = ("benchmark", "measured", "compared with", "ratio", "spread")
 PeerRow = tuple[str, ...]
 """Row of the table that compares proxies."""
@@ -149,6 +149,7 @@ def run(parts: Sequence[str], size: Size, *, with_peers: bool = False, json_to: 
     if json_to is not None:
         json_to.write_text(json.dumps(rows, ensure_ascii=False), "utf-8")
     elif not size.is_quick:
+        REPORT.parent.mkdir(exist_ok=True)
         REPORT.write_text(_report(parts, rows, peers, skipped, minutes), "utf-8")
         console.print(f"written to {REPORT}")
 
