@@ -280,7 +280,11 @@ def _describe(
     if stage is RolloutStage.CANARY:
         text += f" for {after.own(model).share:.0%} of the requests"
     ousted = before.own(model).stages[stage]
-    return text if ousted in (None, digest) else f"{text}, in place of {ousted[:12]}"
+    if ousted not in (None, digest):
+        text += f", in place of {ousted[:12]}"
+    if model is not None and model not in before.models:
+        text += f"\n{model} is new in this registry; it is served only if GET /v1/models lists that name"
+    return text
 
 
 def _of(model: str | None) -> str:

@@ -121,7 +121,10 @@ def read_key_file(path: Path) -> tuple[Key, ...]:
     try:
         text = path.read_text("utf-8")
     except OSError as error:
-        advice = f"; write it with `autotts keys new NAME >> {path}`" if isinstance(error, FileNotFoundError) else ""
+        is_missing = isinstance(error, FileNotFoundError)
+        advice = (
+            f"; set AUTOTTS_KEYS to your key file, or write it: `autotts keys new NAME >> {path}`" if is_missing else ""
+        )
         raise SettingsError(f"keys: {path}: {error.strerror}{advice}") from None
     except UnicodeDecodeError:
         raise SettingsError(f"keys: {path}: not UTF-8") from None

@@ -135,7 +135,7 @@ class Authenticator:
         """
         if access is Access.ANYONE:
             return None
-        caller = self.identify(request)
+        caller = request.state.caller = self.identify(request)  # for the log, also if the caller may not go on
         if access is Access.ADMIN:
             self.require_admin(caller, request.url.path)
         return caller

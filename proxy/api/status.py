@@ -43,12 +43,14 @@ class StatusEndpoints:
             if states := service.engine.replica_states():
                 status["replicas"] = [state._asdict() for state in states]
             status["recorder"] = service.episode_log.writer.as_json()
+            await service.controllers.refresh()
             assignments = service.controllers.stages.current
             status["controllers"] = {model: assignments.of(model).as_json() for model in service.served}
         return JSONResponse(status, HTTPStatus.OK if is_up else HTTPStatus.SERVICE_UNAVAILABLE)
 
     async def metrics(self, _: Request) -> Response:
         """Return the metrics in the Prometheus text format."""
+        await self._service.controllers.refresh()
         return Response(await self._service.worker_metrics.exposition(), media_type=CONTENT_TYPE)
 
     async def openapi(self, request: Request) -> Response:

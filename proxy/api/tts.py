@@ -84,13 +84,13 @@ class TtsEndpoints:
         return JSONResponse({"model": model.id, **calibration.as_json()})
 
     async def keys(self, _: Request) -> Response:
-        """Return the limits, the current usage and the β of each key."""
+        """Return the limits, the current usage and the rights of each key."""
         ring = self._service.authenticator.keyring
-        keys = {key.name: key for key in ring.keys} if ring else {}
-        state = await self._service.request_slots.as_json({name: key.caps for name, key in keys.items()})
-        for name, usage in state["keys"].items():
-            usage["beta"] = keys[name].beta
-        return JSONResponse(state)
+        configured = ring.keys if ring else ()
+        usage = await self._service.request_slots.as_json({key.name: key.caps for key in configured})
+        for key in configured:
+            usage["keys"][key.name] |= {"admin": key.is_admin, "priority": key.has_priority, "beta": key.beta}
+        return JSONResponse(usage)
 
 
 def _explained(episode: ServedEpisode) -> Response:

@@ -22,7 +22,7 @@ keysmith = typer.Typer(
 @keysmith.command()
 def new(
     name: Annotated[str, typer.Argument(help="owner of the key; the tenant is derived from it")],
-    admin: Annotated[bool, typer.Option("--admin", help="may see every request and name any controller")] = False,
+    admin: Annotated[bool, typer.Option("--admin", help="may see every request and set every field")] = False,
 ) -> None:
     """Create a key. It is shown once on standard error; the line for the key file goes to standard output."""
     from proxy.admission import api_keys

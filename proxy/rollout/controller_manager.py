@@ -75,10 +75,14 @@ class ControllerManager:
         self._shadow_tasks: set[asyncio.Task[None]] = set()
         self._registry_tasks: set[asyncio.Task[None]] = set()
 
-    async def choose(self, name: str | None, request_id: str, model: str) -> ChosenController:
-        """Return the controller of a request. `name` is the one that the request names. Raises UnknownController."""
+    async def refresh(self) -> None:
+        """Follow the registry, if it is in a folder and has changed."""
         if await self.stages.refresh():
             self._follow_stages()
+
+    async def choose(self, name: str | None, request_id: str, model: str) -> ChosenController:
+        """Return the controller of a request. `name` is the one that the request names. Raises UnknownController."""
+        await self.refresh()
         if name is None:
             return self.stages.current.of(model).choose(request_id)
         return ChosenController(self.find(name, model), None)
@@ -89,8 +93,7 @@ class ControllerManager:
         The named controller serves, unless it probes. Otherwise the controller serves that the settings have for this
         kind of request. Raises UnknownController.
         """
-        if await self.stages.refresh():
-            self._follow_stages()
+        await self.refresh()
         default = self._for_replies.get(kind.method, self._for_other_replies)
         spec = default if name is None else self.find(name, model)
         return ChosenController(default if spec.needs_probes else spec, None)

@@ -49,7 +49,13 @@ def controller_label(controller: str) -> str:
 class Metrics:
     """The metrics of one app, in a registry of their own."""
 
-    requests = MetricRow(Counter, "autotts_requests", "Requests by outcome.", ("model", "controller", "outcome"))
+    requests = MetricRow(
+        Counter,
+        "autotts_requests",
+        "Requests by outcome: answered, passed_through, failed, disconnected, draining (cut by a shutdown), denied "
+        "(401, 403), refused (other 4xx). 429 counts in autotts_refusals_total only.",
+        ("model", "controller", "outcome"),
+    )
     tokens = MetricRow(
         Counter,
         "autotts_tokens",

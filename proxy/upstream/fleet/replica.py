@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Final
@@ -35,6 +35,7 @@ class Replica:
         self.checks_passed = 0  # number of health checks
         self.branches = 0  # in flight or waiting for a slot; a forwarded request counts as one
         self._models = models  # models that requests are sent here for; None: all that it lists
+        self._listed: list[str] = []  # ids of the models that the replica listed the last time
         self._missing: frozenset[str] = frozenset()  # of `_models`, what it did not list the last time
         self._may_close_early = True  # whether the breaker may be checked before its time has passed
         self._checked_at = float("-inf")  # when the latest check ended
@@ -94,15 +95,15 @@ class Replica:
         cards = await self.client.model_cards(is_check=True)
         kept = [card for card in cards if self._models is None or card["id"] in self._models]
         self.client.parse_models(kept)  # raises if one is invalid
-        self._report_missing([card["id"] for card in cards])
+        self._listed = [card["id"] for card in cards]
         self.cards = kept
         return kept
 
-    def _report_missing(self, listed: Sequence[str]) -> None:
+    def _report_missing(self) -> None:
         """Warn, once, about models that requests are sent here for, and that the replica does not list."""
-        missing = (self._models or frozenset()).difference(listed)
+        missing = (self._models or frozenset()).difference(self._listed)
         if missing and missing != self._missing:
-            models, others = ", ".join(sorted(missing)), ", ".join(listed[:MAX_NAMED]) or "none"
+            models, others = ", ".join(sorted(missing)), ", ".join(self._listed[:MAX_NAMED]) or "none"
             logger.warning(
                 "upstream %s does not serve %s, which AUTOTTS_UPSTREAM names; it serves %s", self.name, models, others
             )
@@ -128,6 +129,7 @@ class Replica:
         was_up, is_up = self.is_up, await self.client.is_healthy()
         try:
             self.is_up = is_up and bool(await self.read_cards())
+            self._report_missing()
         except UpstreamError:
             self.is_up = False
         if was_up is not False and not self.is_up:

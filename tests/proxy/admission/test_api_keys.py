@@ -525,7 +525,7 @@ def test_serve_on_a_public_host_without_keys_exits_with_a_one_line_error() -> No
     assert "host 0.0.0.0 is reachable from other machines and no API keys are configured" in done.stderr
     done = autotts("serve", "--upstream", "http://127.0.0.1:1", "--port", "0", AUTOTTS_KEYS="/nowhere/keys.toml")
     assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)
-    assert "keys: /nowhere/keys.toml: No such file" in done.stderr
+    assert "keys: /nowhere/keys.toml: No such file or directory; set AUTOTTS_KEYS to your key file, or" in done.stderr
 
 
 # On a real vLLM

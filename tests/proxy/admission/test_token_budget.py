@@ -371,6 +371,7 @@ async def test_a_key_over_its_tokens_per_minute_gets_429_with_retry_after(backen
             budget = (await response.json())["keys"]["alice"]
         assert (budget["spent"], budget["reserved"], budget["episodes"]) == (spent, 0, 0)
         assert budget["limits"]["tokens_per_minute"] == 1500
+        assert (budget["admin"], budget["priority"], budget["beta"]) == (False, False, None)
 
 
 async def test_a_refusal_names_the_quarter_that_a_request_without_a_cap_would_reserve(

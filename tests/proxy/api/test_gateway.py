@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 import pytest_asyncio
+import yaml
 
 from deploy.embedded.task import held_back
 from proxy.server import running
@@ -40,20 +41,22 @@ async def gateway(vllm: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
     folder = tmp_path_factory.mktemp("gateway")
     async with running(load(upstream=vllm, **EMBEDDED)) as proxy:
         common = {"api_base": f"{proxy}/v1", "api_key": "unused"}
-        models = {"tiny": f"hosted_vllm/{MODEL}", "quarter": f"hosted_vllm/{MODEL}@0.25", "openai": f"openai/{MODEL}"}
-        config = {
-            "model_list": [
-                {"model_name": name, "litellm_params": {"model": model, **common}} for name, model in models.items()
-            ],
-            "general_settings": {"forward_client_headers_to_llm_api": True},
-        }
+        config = yaml.safe_load(documented().replace("http://127.0.0.1:8400", proxy))
+        config["model_list"] += [
+            {"model_name": name, "litellm_params": {"model": model, **common}}
+            for name, model in {"quarter": f"hosted_vllm/{MODEL}@0.25", "openai": f"openai/{MODEL}"}.items()
+        ]
         file = folder / "config.yaml"
-        file.write_text(json.dumps(config))  # JSON is YAML
+        file.write_text(yaml.safe_dump(config))
         port = free_port()
         flags = ["--config", str(file), "--host", "127.0.0.1", "--port", str(port), "--telemetry", "False"]
         with (folder / "log").open("wb") as log:
             process = await asyncio.create_subprocess_exec(
-                str(COMMAND), *flags, stdout=log, stderr=log, env={**LITELLM.environment(), "HOME": str(folder)}
+                str(COMMAND),
+                *flags,
+                stdout=log,
+                stderr=log,
+                env=LITELLM.environment() | {"HOME": str(folder), "TTS_KEY": "unused"},
             )
         try:
             await started(process, f"http://127.0.0.1:{port}", folder / "log")
@@ -62,6 +65,12 @@ async def gateway(vllm: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
             with suppress(ProcessLookupError):
                 process.terminate()
             await process.wait()
+
+
+def documented() -> str:
+    """Return the configuration of the gateway in docs/operations.md."""
+    text = (Path(__file__).parents[3] / "docs" / "operations.md").read_text("utf-8")
+    return text.partition("## Behind LiteLLM's gateway")[2].partition("```text\n")[2].partition("```")[0]
 
 
 async def started(process: asyncio.subprocess.Process, url: str, log: Path) -> None:

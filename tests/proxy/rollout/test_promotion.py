@@ -201,6 +201,16 @@ async def test_running_episodes_finish_with_the_controller_they_began_with(
         assert [tts["stop"] for tts in replies] == ["answered", "answered"]
 
 
+async def test_readiness_and_metrics_follow_the_registry_without_requests(serve: Serve, registry: Registry) -> None:
+    async with serve() as proxy:
+        install(registry, "one", HONEST, RolloutStage.CHAMPION)
+        async with proxy.http.get(f"{proxy.url}/ready") as response:
+            (stages,) = (await response.json())["controllers"].values()
+        assert stages["champion"]["controller"] == "one"
+        registry.roll_back(ME)
+        assert await proxy.metric("autotts_registry_version") == 2
+
+
 async def test_an_unreadable_registry_keeps_the_previous_champion_and_is_logged_once(
     serve: Serve, registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -499,9 +509,11 @@ def test_commands_promote_a_built_in_controller_for_one_model_and_roll_it_back(t
     status, stdout, stderr = autotts("promote", "cmc", "--registry", folder, "--as", "champion", "--model", "small")
     assert (status, stderr) == (0, "")
     assert f"cmc ({Spec('cmc').digest[:12]}) is champion of model small" in stdout
-    assert (
-        autotts("promote", "esc", "--registry", folder, "--as", "canary", "--model", "small", "--share", "0.3")[0] == 0
+    assert "small is new in this registry; it is served only if GET /v1/models lists that name" in stdout
+    status, stdout, _ = autotts(
+        *("promote", "esc", "--registry", folder, "--as", "canary", "--model", "small", "--share", "0.3")
     )
+    assert (status, "is new in this registry" in stdout) == (0, False)
     assert autotts("promote", "asc", "--registry", folder, "--as", "champion")[0] == 0
     status, stdout, _ = autotts("controllers", "--registry", folder, "--json")
     figures = json.loads(stdout)

@@ -85,11 +85,14 @@ async def test_the_access_log_names_the_key_and_the_code_of_the_error(backend: F
             headers = {"authorization": f"Bearer {token}"}
             async with http.post(f"{url}/v1/chat/completions", json=body | more, headers=headers) as response:
                 await response.read()
-    served, refused, unknown = (line for line in lines(written) if line["logger"] == ACCESS_LOGGER)
+        async with http.get(f"{url}/v1/tts/keys", headers={"authorization": f"Bearer {SECRET}"}) as response:
+            assert response.status == 403
+    served, refused, unknown, forbidden = (line for line in lines(written) if line["logger"] == ACCESS_LOGGER)
     assert (served["status"], served["key"], served["beta"]) == (200, "ada", 0.5)
     assert isinstance(served["tokens"], int)
     assert (refused["status"], refused["key"], refused["code"]) == (400, "ada", "cap_too_small")
     assert (unknown["status"], unknown["code"], "key" in unknown) == (401, "invalid_api_key", False)
+    assert (forbidden["key"], forbidden["code"]) == ("ada", "admin_only")
 
 
 def test_secrets_are_masked_in_json_and_plain_logs() -> None:
