@@ -94,6 +94,8 @@ def select_cells(
 
     Raises RecordingsNotFound, which names the missing model, benchmark or cell.
     """
+    if not cells:
+        raise RecordingsNotFound("there are no recordings yet; `autotts collect` makes some")
     for kind, wanted, available in (
         ("model", models, {cell.model for cell in cells}),
         ("benchmark", benchmarks, {cell.benchmark for cell in cells}),
@@ -102,7 +104,7 @@ def select_cells(
         for name in wanted:
             if name not in available:
                 raise RecordingsNotFound(
-                    f"no recordings of {kind} {str(name)!r}; available: {', '.join(sorted(available)) or 'none'}"
+                    f"no recordings of {kind} {str(name)!r}; available: {', '.join(sorted(available))}"
                 )
     chosen = [
         cell
@@ -114,6 +116,6 @@ def select_cells(
     if not chosen:
         listed = "; ".join(" ".join(cell) for cell in cells)
         raise RecordingsNotFound(
-            f"no cell matches all of the requested models, benchmarks and split; available: {listed or 'none'}"
+            f"no cell matches all of the requested models, benchmarks and split; available: {listed}"
         )
     return chosen

@@ -578,6 +578,8 @@ def test_missing_cells_are_refused_with_the_available_ones() -> None:
     ):
         with pytest.raises(RecordingsNotFound, match=message):
             select_cells(cells, models, benchmarks, split)
+    with pytest.raises(RecordingsNotFound, match="there are no recordings yet; `autotts collect` makes some"):
+        select_cells([], [], [], None)
 
 
 def test_paired_differences_are_computed_per_question() -> None:
