@@ -134,8 +134,28 @@ def _turn(
     try:
         reply += encode_actions(episode.decided)
     except BaseException as error:  # foreign objects
-        reply += encode_complaint(f"{type(episode.controller).__name__} did not return a list of actions: {error}")
+        reply += encode_complaint(_no_actions(episode.controller, episode.decided, error))
     return at
+
+
+def _no_actions(controller: object, decided: object, error: BaseException) -> str:
+    """Return what is wrong with a decision that could not be encoded, and what to return instead."""
+    name = type(controller).__name__
+    if isinstance(decided, (list, tuple)):
+        for place, entry in enumerate(decided):
+            if not isinstance(entry, Action):
+                return (
+                    f"{name} did not return a list of actions: entry {place} is {_in_words(entry)}; "
+                    "make each with branch(), advance(), probe(), prune() or answer()"
+                )
+        return f"{name} did not return a list of actions: {error}"
+    return f"{name} did not return a list of actions but {_in_words(decided)}; return [branch()], for example"
+
+
+def _in_words(value: object) -> str:
+    """Return a value that a controller returned; only its type unless it is plain, as `repr` may be foreign code."""
+    plain = value is None or type(value) in (bool, int, float, str)
+    return repr(value)[:80] if plain else f"a value of type {type(value).__name__}"
 
 
 def _read() -> list[int]:

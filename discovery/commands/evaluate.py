@@ -39,6 +39,7 @@ from discovery.commands.options import (
     parse_shown_signals,
 )
 from discovery.data.recordings import Cell, LabelSource, Split
+from discovery.evaluation.afs import afs_by_cell
 from discovery.evaluation.engines import EngineName, make_engine
 from discovery.evaluation.evaluate import DEFAULT_WEIGHTS, AnswerComparison, Evaluation, Weights
 from discovery.evaluation.plot import Panel, PlotPoint, check_plot, draw_frontiers
@@ -112,8 +113,10 @@ def evaluate(
     with _progress(evaluation.work) as advance:
         scored = evaluation.run(make_engine(engine, workers, address), advance)
     core = {"core": "compiled" if CORE.compiled else "pure Python"}
-    figures = json.dumps([score.as_json() | core for score in scored], indent=2, ensure_ascii=False) + "\n"
-    output_figures(figures, json_to, lambda: _show(scored))
+    areas = afs_by_cell(scored, evaluation.anchors)
+    rows = [score.as_json() | {"afs": areas[score.controller, score.digest].get(score.cell)} | core for score in scored]
+    figures = json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+    output_figures(figures, json_to, lambda: _show(scored, areas))
     if plot is not None:
         draw_frontiers(_panels(scored), plot)
 
@@ -166,7 +169,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: progress.advance(task, count)
 
 
-def _show(scored: Sequence[Score]) -> None:
+def _show(scored: Sequence[Score], areas: Mapping[tuple[str, str], Mapping[Cell, float]]) -> None:
     """Print the figures as tables, and the failures."""
     console = wide_console()
     console.print(_table([*scored, *pool_scores(scored)]))
@@ -174,6 +177,8 @@ def _show(scored: Sequence[Score]) -> None:
         console.print(f"{' '.join(cell)}: {text}", markup=False, highlight=False, soft_wrap=True)
     if compared := paired_differences(scored):
         console.print(_differences(compared))
+    if any(areas.values()):
+        console.print(_areas(scored, areas))
     for score in scored:
         if score.failures:
             text = (
@@ -248,6 +253,19 @@ def _differences(compared: Sequence[Difference]) -> Table:
             f"{difference.tokens:.2f}",
         )
         table.add_row(difference.controller, *cells)
+    return table
+
+
+def _areas(scored: Sequence[Score], areas: Mapping[tuple[str, str], Mapping[Cell, float]]) -> Table:
+    betas = ", ".join(f"{beta:g}" for beta in sorted({score.beta for score in scored}))
+    table = Table(title=f"AFS: mean accuracy over budgets of 1 to 64 chains, by β = {betas}", title_justify="left")
+    for heading in ("controller", "model", "benchmark", "AFS"):
+        table.add_column(heading, justify="right" if heading == "AFS" else "left")
+    for (name, _), by_cell in areas.items():
+        for cell, area in by_cell.items():
+            table.add_row(name, cell.model, f"{cell.benchmark} ({cell.split})", f"{area:.2f}")
+        if len(by_cell) > 1:
+            table.add_row(name, POOLED, POOLED, f"{sum(by_cell.values()) / len(by_cell):.2f}")
     return table
 
 

@@ -202,6 +202,10 @@ def install(
     """
     report = card.get("report")
     if not by.forced and (spec.is_foreign or report is not None):
+        if report is None and spec.digest in registry.digests():
+            raise PromotionError(
+                f"{spec.name} is installed already; promote it by its digest, {spec.digest[:12]}, or give --report FILE"
+            )
         check_report(spec, report)
         check_models({**card, "name": spec.name, "models": _judged_models(report)}, model)
     if models := _judged_models(report):

@@ -98,6 +98,15 @@ def _point(score: Score) -> CurvePoint:
     return CurvePoint(score.beta, score.mean("tokens"), score.accuracy, path)
 
 
+def afs_by_cell(scores: Sequence[Score], anchors: Mapping[Cell, Anchor]) -> dict[tuple[str, str], dict[Cell, float]]:
+    """Return the AFS on cells by name and digest of controllers. Cells with one β or weighted questions have none."""
+    areas: dict[tuple[str, str], dict[Cell, float]] = {}
+    for named in dict.fromkeys((score.controller, score.digest) for score in scores):
+        own = [score for score in scores if (score.controller, score.digest) == named and score.weights is None]
+        areas[named] = {curve.cell: curve.afs for curve in curves(own, anchors) if len(curve.points) > 1}
+    return areas
+
+
 def mean_afs(by_cell: Sequence[Curve]) -> float:
     """Return the mean AFS over cells, in points of accuracy."""
     return float(np.mean([curve.afs for curve in by_cell]))

@@ -15,6 +15,7 @@ from controllers.sandbox.deadline import Clock
 from discovery.answers import Judge, Labels, canonical
 from discovery.data.recordings import Cell, LabelSource, Origin, RecordedQuestion, Recording, Version, intern_answers
 from discovery.errors import RecordingsNotFound
+from discovery.evaluation.afs import Anchor, chain_anchor
 from discovery.evaluation.engines import Engine, RecordingBatch
 from discovery.evaluation.replay_jobs import Job, JobResult, ReplayRules, make_jobs
 from discovery.evaluation.scores import QuestionGrading, Score, gather_scores, recording_limit_warnings
@@ -67,6 +68,7 @@ class Evaluation:
     rules: ReplayRules = field(default_factory=ReplayRules)
     weights: Weights = field(default_factory=lambda: DEFAULT_WEIGHTS)
     version: str = ""  # beginning of a version's digest; empty: chosen by `scorable_recordings`
+    anchors: dict[Cell, Anchor] = field(default_factory=dict)  # of the cells that `run` has read
 
     @property
     def work(self) -> int:
@@ -108,6 +110,7 @@ class Evaluation:
             answers = self.answers.resolve(recorded)
             graded[cell] = QuestionGrading([item.label_source for item in recorded], weights, answers)
             recordings = [intern_compared(item, answers, judge) for item in recorded]
+            self.anchors[cell] = chain_anchor(recordings)
             branches[cell] = [recording.branches for recording in recordings]
             most = min(branches[cell])
             for spec in self.specs:

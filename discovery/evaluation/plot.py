@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise, product
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
+
+import numpy as np
 
 from discovery.data.atomic_files import atomic_write, check_writable_path
 from discovery.errors import FileWriteError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.container import ErrorbarContainer
+    from matplotlib.figure import Figure
 
 COLOURS: Final = ("#2563eb", "#b45309", "#059669", "#dc2626", "#7c3aed", "#475569", "#db2777", "#65a30d")
+LABEL_SIZE: Final = 8
+"""Height of the labels of points."""
 
 
 class PlotPoint(NamedTuple):
@@ -41,28 +49,81 @@ def draw_frontiers(panels: Mapping[str, Panel], path: Path) -> None:
 
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(max(7.0, 4.5 * columns), 4.2 * rows), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 4.5 * columns), 4.2 * rows + 0.3), layout="constrained")
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
+    handles: dict[str, ErrorbarContainer] = {}
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
-        for number, (name, points) in enumerate(lines.items()):
+        for name, points in lines.items():
             tokens, percents, errors, _ = zip(*points, strict=True)
-            colour = COLOURS[number % len(COLOURS)]
-            marker = "o" if len(points) > 1 else "s"
-            axes.errorbar(tokens, percents, errors, marker=marker, capsize=3, color=colour, label=name)
-            for point in points:
-                axes.annotate(
-                    point.label, point[:2], textcoords="offset points", xytext=(6, -11), fontsize=8, color=colour
-                )
+            handles[name] = axes.errorbar(
+                tokens,
+                percents,
+                errors,
+                marker="o" if len(points) > 1 else "s",
+                markersize=5,
+                capsize=2,
+                elinewidth=1,
+                color=colours[name],
+                ecolor=(colours[name], 0.45),
+                label=name,
+            )
         axes.set(xscale="log", xlabel="tokens per question, all branches and probes", ylabel="accuracy, %")
         axes.margins(x=0.12)
         label_tokens(axes)
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right", fontsize=8)
+    columns = min(len(names), 4 * columns)
+    figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=columns, fontsize=8)
+    figure.draw_without_rendering()  # the layout is final only now, and labels are placed by it
+    for axes, lines in zip(grid.flat, panels.values(), strict=False):
+        label_points(figure, axes, lines, colours)
     with atomic_write(path) as file:
         figure.savefig(file, dpi=150, format=path.suffix[1:])
+
+
+def label_points(figure: Figure, axes: Axes, lines: Panel, colours: Mapping[str, str]) -> None:
+    """Write labels beside points, without overlaps: the ends of lines first, others only where they cross no line."""
+    from matplotlib.transforms import Bbox
+
+    scale = figure.dpi / 72  # pixels per point
+    high, near = 1.3 * LABEL_SIZE * scale, 4 * scale
+    places = {name: axes.transData.transform([point[:2] for point in points]) for name, points in lines.items()}
+    points_at = np.concatenate(list(places.values()))
+    steps = np.linspace(0, 1, 40)[:, None]
+    crossed = np.concatenate([points_at, *(a + steps * (b - a) for line in places.values() for a, b in pairwise(line))])
+    taken: list[Bbox] = []
+    labels = [
+        (at not in (0, len(points) - 1), point, place, colours[name])
+        for name, points in lines.items()
+        for at, (point, place) in enumerate(zip(points, places[name], strict=True))
+        if point.label
+    ]
+    for is_inner, point, (x, y), colour in sorted(labels, key=itemgetter(0)):
+        wide = 0.62 * LABEL_SIZE * scale * len(point.label)
+        corners = [
+            (x + near if right else x - near - wide, y + near if up else y - near - high)
+            for right, up in product((True, False), (False, True))
+        ]
+        for obstacles, (left, low) in product((crossed,) if is_inner else (crossed, points_at), corners):
+            box = Bbox.from_bounds(left, low, wide, high)
+            inside = axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
+            if inside and not box.count_overlaps(taken) and not box.count_contains(obstacles):
+                taken.append(box)
+                away = ((left - x) / scale, (low - y) / scale)
+                axes.annotate(
+                    point.label,
+                    point[:2],
+                    away,
+                    textcoords="offset points",
+                    fontsize=LABEL_SIZE,
+                    color=colour,
+                    verticalalignment="bottom",
+                )
+                break
 
 
 def label_tokens(axes: Axes) -> None:

@@ -56,6 +56,11 @@ class History:
     @classmethod
     def resume(cls, path: Path, settings: Mapping[str, Any]) -> History:
         """Continue a recorded run, which must have begun with the same settings. Raises HistoryError."""
+        if not path.exists():
+            raise HistoryError(
+                f"{path}: no run is recorded there, perhaps because it was stopped before it began; begin it without "
+                "--resume, or name the folder of a recorded run"
+            )
         begun = cls.read(path).events[:1]
         recorded, current = begun[0].body if begun else _as_json(settings), _as_json(settings)
         for name in sorted({*recorded, *current}):

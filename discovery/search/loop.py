@@ -200,9 +200,10 @@ class SearchLoop:
         dropped = sum(verdict.few is not None or bool(verdict.rungs) for verdict in verdicts)
         if not dropped:
             return f"all {len(verdicts)} candidates failed; {reasons}"
+        others = "" if dropped == len(verdicts) else ", the others failed before"
         return (
             f"no candidate was scored on all questions: {dropped} of {len(verdicts)} were dropped after a few "
-            f"questions, the others failed before; {reasons}, then search longer or record more questions"
+            f"questions{others}; {reasons}, then search longer or record more questions"
         )
 
     def _ask_explorer(self) -> list[Candidate]:

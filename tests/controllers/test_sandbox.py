@@ -288,7 +288,17 @@ def test_a_process_reports_why_a_file_cannot_be_loaded(owner: socket.socket, sou
     [
         (HEAD + "        raise ValueError('no')", "Mine raised ValueError: no"),
         (HEAD + "        return [advance(-1)]", "advance(): there is no branch -1; they are numbered from 0"),
-        (HEAD + "        return 7", "Mine did not return a list of actions: 'int' object is not iterable"),
+        (HEAD + "        return 7", "Mine did not return a list of actions but 7; return [branch()], for example"),
+        (HEAD + "        return 'branch'", "Mine did not return a list of actions but 'branch'; return [branch()]"),
+        (
+            HEAD + "        return branch()",
+            "Mine did not return a list of actions but a value of type Action; return [branch()]",
+        ),
+        (
+            HEAD + "        return [branch(), 'branch']",
+            "Mine did not return a list of actions: entry 1 is 'branch'; make each with branch(), advance(), probe()",
+        ),
+        (HEAD + "        return [branch]", "entry 0 is a value of type function; make each with branch()"),
         (HEAD.replace("self.beta = beta", "1 / 0") + "        return []", "its constructor raised ZeroDivisionError"),
     ],
 )

@@ -63,7 +63,7 @@ def make_explorer(name: ExplorerName, options: ExplorerOptions, out: Path) -> Ex
 
 def _llm(path: Path, usd: float | None, transcript: Path) -> Explorer:
     """Create the LLM explorer with the settings in the file at `path`. Raises ExplorerError."""
-    from discovery.search.explorers.endpoint import LLMSettings  # imports `openai`, which is slow
+    from discovery.search.explorers.endpoint import KEY, LLMSettings  # imports `openai`, which is slow
     from discovery.search.explorers.llm import LLM
     from discovery.search.explorers.transcript import Transcript
 
@@ -76,7 +76,10 @@ def _llm(path: Path, usd: float | None, transcript: Path) -> Explorer:
         raise ExplorerError(f"{path}: {_first_problem(error, LLMSettings)}") from None
     except (TypeError, ValueError) as error:
         raise ExplorerError(f"{path}: {' '.join(str(error).split())[:400]}") from None
-    return LLM(settings, Transcript(transcript))
+    recorded = Transcript(transcript)
+    if settings.api_key is None and not len(recorded):  # nothing to replay: the first call would fail
+        raise ExplorerError(f"{KEY} is not set; set it to the endpoint's key, or to any text if it needs none")
+    return LLM(settings, recorded)
 
 
 def _first_problem(error: ValidationError, settings: type[BaseModel]) -> str:

@@ -49,6 +49,9 @@ class Transcript:
         known = self._responses.get(key)
         return None if known is None else known[1]
 
+    def __len__(self) -> int:
+        return len(self._responses)
+
     def exchanges(self) -> Iterator[tuple[Mapping[str, Any], Response]]:
         """Yield every request with its response, in recorded order."""
         yield from self._responses.values()

@@ -140,7 +140,7 @@ def test_cells_are_pooled_by_model_and_over_all() -> None:
 
 def test_rows_over_several_models_have_no_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     other = [replace(one, model="n") for one in SOURCE.recordings]
-    show(scores("cmc", source=Given(*SOURCE.recordings, *other), betas=[0.0], shuffles=1))
+    show(scores("cmc", source=Given(*SOURCE.recordings, *other), betas=[0.0], shuffles=1), {})
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ cmc")]
     assert ["±" in row for row in rows] == [True] * 6 + [False]
     assert "all (20 over all models)" in rows[-1]
@@ -239,7 +239,7 @@ FAILURE_MESSAGES = {
     "exits": "Mine raised SystemExit: bye",
     "illegal": "advance(): there is no branch 3; 1 are open",
     "empty": "an empty round makes no progress",
-    "nothing": "Mine did not return a list of actions: 'NoneType' object is not iterable",
+    "nothing": "Mine did not return a list of actions but None; return [branch()], for example",
     "loops": "it took longer than",
 }
 
@@ -714,7 +714,13 @@ def test_import_evaluate_trace_and_export_work_on_the_command_line(tmp_path: Pat
     assert "accuracy %" in done.stdout
     assert "all (10 questions)" in done.stdout
     assert (tmp_path / "p.svg").read_text().startswith("<?xml")
-    assert len(json.loads((tmp_path / "f.json").read_text())) == 6
+    rows = json.loads((tmp_path / "f.json").read_text())
+    areas = {row["benchmark"]: row["afs"] for row in rows}
+    assert len(rows) == 6
+    assert done.stdout.count("AFS: mean accuracy") == 1
+    assert all(f"{area:.2f}" in done.stdout for area in (*areas.values(), sum(areas.values()) / 2))
+    done = autotts("evaluate", "--recordings", "s.db", "--betas", "1", "--shuffles", "1", folder=tmp_path)
+    assert "AFS" not in done.stdout
     done = autotts(
         "trace",
         "show",

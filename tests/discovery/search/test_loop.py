@@ -326,6 +326,10 @@ def test_candidates_dropped_after_a_few_questions_are_not_reported_as_failed(
     expected = "no candidate was scored on all questions: 1 of 2 were dropped after a few questions, the others failed"
     with pytest.raises(ExplorerError, match=expected):
         run.choose_finalist()
+    dropped = started(tmp_path / "dropped.jsonl", Given([written(GOOD)]), cascade)
+    dropped.search(SearchLimits(1))
+    with pytest.raises(ExplorerError, match="1 of 1 were dropped after a few questions; see the reasons"):
+        dropped.choose_finalist()
     empty = started(tmp_path / "empty.jsonl", Given(), cascade)
     empty.search(SearchLimits(0))
     with pytest.raises(ExplorerError, match="no candidate was tried; search longer"):
@@ -844,7 +848,7 @@ def check_refused(folder: Path, message: str, *arguments: str) -> None:
         (["--rounds", "1", "--recordings", "none.db"], "none.db: no such file or folder"),
         (["--rounds", "1", "--models", "x"], "no recordings of model 'x'"),
         (["--rounds", "1", "--out", "file"], "file: File exists"),
-        (["--rounds", "1", "--resume"], "No such file or directory; name the folder of a recorded run"),
+        (["--rounds", "1", "--resume"], "no run is recorded there, perhaps because it was stopped before it began"),
         (["--rounds", "1", "--explorer", "files"], "--explorer files needs --folder"),
         (["--rounds", "1", "--explorer", "llm", "--kernel"], "--kernel plays genomes of --explorer grammar only"),
         (["--rounds", "1", "--tune", "--kernel"], "--kernel plays genomes of --explorer grammar only, without --tune"),
@@ -863,6 +867,7 @@ def check_refused(folder: Path, message: str, *arguments: str) -> None:
             "names.json: models: Input should be a valid dictionary (models: models with the relative weight",
         ),
         (["--budget-usd", "1", "--explorer", "llm", "--llm", "free.json"], "a budget needs a price for every model"),
+        (["--rounds", "1", "--explorer", "llm", "--llm", "free.json"], f"{KEY} is not set; set it to the endpoint's"),
     ],
 )
 def test_invalid_arguments_of_discover_give_one_line_and_leave_no_file(

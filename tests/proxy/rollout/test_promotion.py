@@ -483,6 +483,8 @@ def test_commands_promote_a_file_to_champion_list_it_and_roll_it_back(tmp_path: 
     )
     assert (status, stderr) == (0, "")
     assert f"mine ({digest[:12]}) is shadow" in stdout
+    status, _, stderr = autotts("promote", str(file), "--registry", folder, "--as", "canary")
+    assert (status, f"promote it by its digest, {digest[:12]}, or give --report" in stderr) == (2, True)
     status, stdout, _ = autotts("promote", digest[:8], "--registry", folder, "--as", "canary", "--share", "0.2")
     assert (status, "is canary for 20% of the requests" in stdout) == (0, True)
     assert autotts("promote", digest[:8], "--registry", folder, "--as", "champion", "--why", "it is good")[0] == 0
