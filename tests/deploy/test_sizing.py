@@ -8,6 +8,8 @@ import re
 from tests.readability import ROOT
 
 PAGE = (ROOT / "docs/deploy.md").read_text()
+WORDS = " ".join(PAGE.split())
+"""The page without its line breaks."""
 ROWS = re.findall(r"^\| ([^|]+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", PAGE, re.MULTILINE)
 
 
@@ -26,7 +28,7 @@ def test_the_embedded_model_has_the_stated_shape() -> None:
 
 
 def test_the_worked_example_is_computed_correctly() -> None:
-    (found,) = re.findall(r"\((\d+) \+ (\d+) · (\d+)\) · (\d+) bytes = ([\d.]+) GiB", PAGE)
+    (found,) = re.findall(r"\((\d+) \+ (\d+) · (\d+)\) · (\d+) bytes = ([\d.]+) GiB", WORDS)
     prompt, width, depth, token = map(int, found[:4])
     assert token == int(ROWS[1][5])
     assert found[4] == f"{(prompt + width * depth) * token / 2**30:.1f}"
