@@ -57,6 +57,8 @@ def measure(section: Section, folder: Path, code: str) -> SectionResult:
     sys.stderr.write(f"{section.name}: {section.shown}\n")
     began = time.monotonic()
     status, text = _run(section, folder)
+    if section.summary is not None and status == 0:
+        text += section.summary(folder)
     rows = [Row(*row) for row in json.loads(rows_file.read_text())] if rows_file.exists() else []
     result = SectionResult(
         section.name, code, date.today().isoformat(), round(time.monotonic() - began, 1), status, text, rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,6 +48,7 @@ class Section(NamedTuple):
     has_rows: bool = False  # it writes rows of a table to NAME.rows.json in its folder
     picture: str = ""  # file in its folder
     timeout_s: float = 1800.0
+    summary: Callable[[Path], str] | None = None  # what its files in the folder say, if it prints nothing
 
 
 def _bench(part: str, *, pure: bool = True) -> Section:
@@ -84,6 +87,7 @@ def sections(soak_minutes: float, with_peers: bool) -> list[Section]:
             f'make loop ARGS="{" ".join(LOOP)}"',
             picture="loop/frontier.svg",
             timeout_s=3600.0,
+            summary=lambda folder: list_items(folder / "loop" / "report.html"),
         ),
         Section(
             "parity",
@@ -131,3 +135,9 @@ def _parity(folder: Path) -> Sequence[str]:
     loop = folder / "loop"
     finalist = ",".join(str(path) for path in sorted(loop.glob("found_*.py")))
     return PYTHON, "-m", "proxy.cli", "parity", "--store", str(loop / "served.db"), "--controllers", finalist
+
+
+def list_items(page: Path) -> str:
+    """Return the items of the lists of an HTML page, one a line."""
+    items = re.findall(r"<li>(.*?)</li>", page.read_text("utf-8"), re.DOTALL)
+    return "\n".join(html.unescape(re.sub(r"<[^>]*>", "", item)).strip() for item in items)

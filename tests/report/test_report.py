@@ -14,7 +14,7 @@ from tests.report.aims import Aim, AimOutcome, outcomes, read_number
 from tests.report.document import page
 from tests.report.measuring import SectionResult, measure, read_result
 from tests.report.quotes import quotes_of, section_texts, wrong_quotes
-from tests.report.sections import Section, sections
+from tests.report.sections import Section, list_items, sections
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 REPORT = ROOT / "docs" / "report.md"
@@ -54,6 +54,13 @@ def test_a_section_is_measured_once_for_the_same_code(tmp_path: Path) -> None:
     assert (tmp_path / "runs").read_text() == "x"
     measure(section("one", counted, has_rows=True), tmp_path, "code 2")
     assert (tmp_path / "runs").read_text() == "xx"
+
+
+@pytest.mark.process
+def test_the_lists_of_a_page_are_the_summary_of_its_section(tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("<ul><li>5 &lt; 7</li><li><b>all</b>\nwell </li></ul><p>no item</p>")
+    summarised = section("one", "")._replace(summary=lambda folder: list_items(folder / "page.html"))
+    assert measure(summarised, tmp_path, "code").text == "5 < 7\nall\nwell"
 
 
 @pytest.mark.process
