@@ -12,6 +12,8 @@ from typing import Final, NamedTuple
 from tests.report.aims import NUMBER
 
 _LINK: Final = re.compile(r"\]\((?:docs/)?report\.md#([a-z0-9-]+)\)")
+_PARAGRAPH_END: Final = re.compile(r"\n\s*\n|\n(?=\s*- )")
+"""An empty line, or the beginning of an item of a list."""
 _SENTENCE_END: Final = re.compile(r"(?<=[.:!?])\s+(?=[A-Z`*(\[])")
 _HEADING: Final = re.compile(r"^## (.+)$", re.MULTILINE)
 
@@ -27,7 +29,7 @@ class Quote(NamedTuple):
 def quotes_of(text: str) -> list[Quote]:
     """Return the sentences of a page that link to a section of the report, with their figures."""
     quotes = []
-    for paragraph in re.split(r"\n\s*\n", text):
+    for paragraph in _PARAGRAPH_END.split(text):
         for sentence in _SENTENCE_END.split(" ".join(paragraph.split())):
             for link in _LINK.finditer(sentence):
                 words = re.sub(r"\]\([^)]*\)|`[^`]*`", " ", sentence)

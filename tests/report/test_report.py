@@ -136,6 +136,10 @@ def test_a_quoted_figure_must_be_in_the_section(tmp_path: Path) -> None:
     assert "0.9 is not in #benchmark-edge" in complaints[0]
     assert "no section #gone" in complaints[1]
     assert quotes_of("no link: 7") == []
+    items = quotes_of(
+        "- 0.71 ([report](report.md#benchmark-edge)).\n- This 5 is not quoted.\n- 6 ([report](report.md#other))"
+    )
+    assert [(quote.section, quote.figures) for quote in items] == [("benchmark-edge", ["0.71"]), ("other", ["6"])]
 
 
 @pytest.mark.skipif(not REPORT.exists(), reason="the report has not been written; `make report` writes it")
