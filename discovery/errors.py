@@ -23,8 +23,14 @@ DiscoveryError
 └── CollectError         collecting cannot continue; the file stays valid
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
 
 
 class DiscoveryError(Exception):
@@ -117,3 +123,12 @@ def unknown_field(name: str, known: Iterable[str]) -> str:
     near = get_close_matches(name, names, 1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"there is no such field; {hint}known fields: {', '.join(names)}"
+
+
+def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return the first problem of an object that `model` read: the field, and what is wrong with it."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    place, problem = first["loc"], first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden" and len(place) == 1:
+        problem = unknown_field(str(place[0]), model.model_fields)
+    return "".join(f"{part}: " for part in place) + problem

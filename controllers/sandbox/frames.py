@@ -252,10 +252,7 @@ def decode_decision(numbers: Sequence[int], at: int, most: int) -> tuple[list[Ac
         raise BadFrame(f"{count} actions in a round; at most {most} can be legal")
     if end > len(numbers):
         raise BadFrame("the frame is cut off")
-    try:
-        return list(map(_actions.__getitem__, numbers[at + 1 : end])), end
-    except KeyError:
-        return [decode_action(number) for number in numbers[at + 1 : end]], end
+    return [decode_action(number) for number in numbers[at + 1 : end]], end
 
 
 def decode_decisions(numbers: Sequence[int], at: int, count: int, most: int) -> tuple[list[list[Action] | str], int]:

@@ -25,6 +25,7 @@ from controllers import (
     run_sync,
 )
 from controllers.builtin import find
+from controllers.core.action_types import call_name
 from controllers.episode import RemoteController
 from controllers.loading import Spec, discovered, make, parse_spec
 from controllers.sandbox.spawner import spawner
@@ -285,11 +286,10 @@ def format_actions(actions: Sequence[Action]) -> str:
 
 
 def _format_action(action: Action) -> str:
-    verb = "advance" if action.verb is Verb.CONTINUE else action.verb.name.lower()
     intervals = "TO_END" if action.intervals == TO_END else str(action.intervals)
     arguments = [] if action.verb in (Verb.BRANCH, Verb.ANSWER) else [str(action.branch)]
     if action.verb is Verb.ANSWER:
         arguments.append(str(action.label))
     elif action.intervals > 1:
         arguments.append(intervals)
-    return f"{verb}({', '.join(arguments)})"
+    return f"{call_name(action.verb).removesuffix('()')}({', '.join(arguments)})"

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from discovery.answers import AUTO
 from discovery.answers.structured import class_of_calls, class_of_document
 from discovery.data.recordings import Split, question_id, question_text
-from discovery.errors import BadRecording, CollectError, unknown_field
+from discovery.errors import BadRecording, CollectError, first_problem
 
 
 class Question(BaseModel):
@@ -151,12 +151,7 @@ def read_questions(path: Path) -> list[Question]:
             question = Question.model_validate_json(text)
             jiter.from_json(text, catch_duplicate_keys=True)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            place = "".join(f"{part}: " for part in first["loc"])
-            problem = first["msg"].removeprefix("Value error, ")
-            if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
-                problem = unknown_field(str(first["loc"][0]), Question.model_fields)
-            raise BadRecording(f"{path}:{number}: {place}{problem}") from None
+            raise BadRecording(f"{path}:{number}: {first_problem(error, Question)}") from None
         except ValueError as error:
             raise BadRecording(f"{path}:{number}: {error}") from None
         for problem, name in (("the same question", question.question), ("the same id", question.id)):

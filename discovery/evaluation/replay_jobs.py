@@ -6,6 +6,7 @@ engines give identical figures.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -188,7 +189,8 @@ def run_sandboxed(
     """
     with ExitStack() as stack:
         workers: list[SandboxHandle] = []
-        for _ in range(min(processes, -(-len(episodes) // min(share, episodes_per_message(limits))))):
+        in_each = min(share, episodes_per_message(limits))
+        for _ in range(min(processes, math.ceil(len(episodes) / in_each))):
             worker = spawner().spawn(clock=Clock.CPU)
             stack.callback(worker.close)
             workers.append(worker)

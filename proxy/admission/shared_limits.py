@@ -5,7 +5,7 @@ its leases end and free what they held. Settlements are sent in the background, 
 
 This process also counts what its own requests use. While Redis is away, these counts are the limits
 (`AUTOTTS_LIMITS_AWAY=local`), or requests that need a limit are refused (`refuse`). When Redis is back, this process
-writes its running reservations and what its requests spent in the last minute to it.
+writes its running reservations to it, and what its requests spent while Redis was away.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The page about writing controllers names what the API has, and all that explorers are told."""
+"""The page on writing controllers describes the API of controllers, and each rule in the prompt of explorers."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from discovery.data.safe_json import parse_json
-from discovery.errors import ExplorerError, unknown_field
+from discovery.errors import ExplorerError, first_problem
 from discovery.search.explorers import Explorer
 from discovery.search.explorers.agent import Agent
 from discovery.search.explorers.files import Files
@@ -73,7 +73,7 @@ def _llm(path: Path, usd: float | None, transcript: Path) -> Explorer:
     except OSError as error:
         raise ExplorerError(f"{path}: {error.strerror}") from None
     except ValidationError as error:
-        raise ExplorerError(f"{path}: {_first_problem(error, LLMSettings)}") from None
+        raise ExplorerError(f"{path}: {_with_meaning(error, LLMSettings)}") from None
     except (TypeError, ValueError) as error:
         raise ExplorerError(f"{path}: {' '.join(str(error).split())[:400]}") from None
     recorded = Transcript(transcript)
@@ -82,13 +82,9 @@ def _llm(path: Path, usd: float | None, transcript: Path) -> Explorer:
     return LLM(settings, recorded)
 
 
-def _first_problem(error: ValidationError, settings: type[BaseModel]) -> str:
-    """Return the first problem of a settings file: the field, what is wrong with it, and what belongs there."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    place = [str(part) for part in first["loc"]]
-    if first["type"] == "extra_forbidden" and len(place) == 1:
-        return f"{place[0]}: {unknown_field(place[0], settings.model_fields)}"
-    problem = first["msg"].removeprefix("Value error, ")
-    field = settings.model_fields.get(place[0]) if place else None
-    meaning = f" ({place[0]}: {field.description})" if field is not None and field.description else ""
-    return f"{''.join(f'{part}: ' for part in place)}{problem}{meaning}"
+def _with_meaning(error: ValidationError, settings: type[BaseModel]) -> str:
+    """Return the first problem of a settings file, and the meaning of its field."""
+    name = str(next(iter(error.errors(include_input=False, include_context=False)[0]["loc"]), ""))
+    field = settings.model_fields.get(name)
+    meaning = f" ({name}: {field.description})" if field is not None and field.description else ""
+    return first_problem(error, settings) + meaning

@@ -31,6 +31,19 @@ class City(BaseModel):
     people: int
 
 
+async def calls_the_weather(agent: Any) -> Any:
+    """Ask an agent of langchain for the weather, plainly and as a stream. Return its message, which calls a tool."""
+    message = await agent.ainvoke("What is the weather?")
+    chunks = [chunk async for chunk in agent.astream("What is the weather?")]
+    streamed = chunks[0]
+    for chunk in chunks[1:]:
+        streamed += chunk
+    for reply in (message, streamed):
+        (call,) = reply.tool_calls
+        assert (call["name"], call["args"], call["id"]) == ("weather", {"city": "Rome"}, "id-2")
+    return message
+
+
 async def test_langchain_calls_tools_and_continues_with_their_results() -> None:
     from langchain_core.messages import HumanMessage, ToolMessage
     from langchain_openai import ChatOpenAI
@@ -39,17 +52,7 @@ async def test_langchain_calls_tools_and_continues_with_their_results() -> None:
         common: dict[str, Any] = {"base_url": f"{proxy.url}/v1", "api_key": "unused", "max_retries": 0, "seed": SEED}
         chat = ChatOpenAI(model=f"{MODEL}@0.5", http_async_client=http, **common)
         agent = chat.bind_tools([WEATHER])
-        message: Any = await agent.ainvoke("What is the weather?")
-        (call,) = message.tool_calls
-        assert (call["name"], call["args"], call["id"]) == ("weather", {"city": "Rome"}, "id-2")
-
-        chunks = [chunk async for chunk in agent.astream("What is the weather?")]
-        total: Any = chunks[0]
-        for chunk in chunks[1:]:
-            total += chunk
-        assert [(each["name"], each["args"], each["id"]) for each in total.tool_calls] == [
-            ("weather", {"city": "Rome"}, "id-2")
-        ]
+        message = await calls_the_weather(agent)
 
         fake(proxy).replies = [ScriptedReply("It is \\boxed{21} degrees."), ScriptedReply("It is \\boxed{21.0}.")]
         turns = [HumanMessage("What is the weather?"), message, ToolMessage("21 degrees", tool_call_id="id-2")]
@@ -71,16 +74,7 @@ async def test_langchain_calls_tools_through_responses() -> None:
             model=f"{MODEL}@0.5", http_async_client=http, use_responses_api=True, extra_body={"seed": SEED}, **common
         )
         agent = chat.bind_tools([WEATHER])
-        message: Any = await agent.ainvoke("What is the weather?")
-        (call,) = message.tool_calls
-        assert (call["name"], call["args"], call["id"]) == ("weather", {"city": "Rome"}, "id-2")
-        chunks = [chunk async for chunk in agent.astream("What is the weather?")]
-        total: Any = chunks[0]
-        for chunk in chunks[1:]:
-            total += chunk
-        assert [(each["name"], each["args"], each["id"]) for each in total.tool_calls] == [
-            ("weather", {"city": "Rome"}, "id-2")
-        ]
+        message = await calls_the_weather(agent)
         fake(proxy).replies = [ScriptedReply("It is \\boxed{21} degrees.")]
         turns = [HumanMessage("What is the weather?"), message, ToolMessage("21 degrees", tool_call_id="id-2")]
         answer = await agent.ainvoke(turns)

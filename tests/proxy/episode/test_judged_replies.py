@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from proxy.environment.selection.judge_prompt import ReplyCandidate, judge_prompt
 from tests.chat_fake import SEED, Held, ScriptedReply, last_text
 from tests.proxy.conftest import Proxy
-from tests.proxy.episode.test_whole_replies import IMAGE, WEATHER, call, fake, served, text
+from tests.proxy.episode.test_whole_replies import IMAGE, WEATHER, call, check_disconnect_is_billed, fake, served, text
 
 SELECT = {"answer": "select", "controller": "self_consistency@5"}
 SYNTHESISE = {**SELECT, "answer": "synthesise"}
@@ -383,17 +383,7 @@ async def test_responses_are_compared_too() -> None:
 async def test_a_disconnect_aborts_the_judge_and_its_tokens_are_billed(stream: bool) -> None:
     async with served([text(each) for each in PROSE]) as proxy:
         fake(proxy).judge, fake(proxy).judge_held = says("12345"), (held := Held(4))
-        request = asyncio.create_task(ask(proxy, stream=stream))
-        await held.reached.wait()
-        request.cancel()
-        async with asyncio.timeout(5):
-            await proxy.backend.idle.wait()
-        assert proxy.backend.running == 0
-        for _ in range(500):
-            if await proxy.metric("autotts_requests_total", outcome="disconnected"):
-                break
-            await asyncio.sleep(0.01)
-        assert await proxy.metric("autotts_tokens_total", kind="aborted") == proxy.backend.generated
+        await check_disconnect_is_billed(proxy, asyncio.create_task(ask(proxy, stream=stream)), held)
 
 
 # Beside tools, JSON and images

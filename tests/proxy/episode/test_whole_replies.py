@@ -399,21 +399,23 @@ async def test_under_a_cap_alone_more_branches_are_opened_once_one_has_voted() -
         assert reply["tts"]["tokens"]["total"] == proxy.backend.generated <= 200
 
 
+async def check_disconnect_is_billed(proxy: Proxy, request: asyncio.Task[Any], held: Held) -> None:
+    """Cancel a request once a reply is held. The upstream must become idle, and all its tokens must be billed."""
+    await held.reached.wait()
+    request.cancel()
+    async with asyncio.timeout(5):
+        await proxy.backend.idle.wait()
+        assert proxy.backend.running == 0
+        while not await proxy.metric("autotts_requests_total", outcome="disconnected"):
+            pass
+    assert await proxy.metric("autotts_tokens_total", kind="aborted") == proxy.backend.generated
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_disconnect_closes_all_streams_and_their_tokens_are_billed(stream: bool) -> None:
     async with served([call(1, '{"city":"Rome"}')]) as proxy:
         fake(proxy).held = held = Held(4)
-        request = asyncio.create_task(ask(proxy, stream=stream))
-        await held.reached.wait()
-        request.cancel()
-        async with asyncio.timeout(5):
-            await proxy.backend.idle.wait()
-        assert proxy.backend.running == 0
-        for _ in range(500):
-            if await proxy.metric("autotts_requests_total", outcome="disconnected"):
-                break
-            await asyncio.sleep(0.01)
-        assert await proxy.metric("autotts_tokens_total", kind="aborted") == proxy.backend.generated
+        await check_disconnect_is_billed(proxy, asyncio.create_task(ask(proxy, stream=stream)), held)
 
 
 async def test_at_the_deadline_the_text_so_far_is_the_reply_and_nothing_runs_on() -> None:

@@ -58,7 +58,7 @@ class Exchange:
 
     @property
     def written(self) -> list[bytes]:
-        """What has been written, by call, without the header that all responses have."""
+        """Return the bytes of each write to the connection, without the default header."""
         return [piece.replace(b"server: test\r\n", b"") for piece in self.transport.written]
 
 

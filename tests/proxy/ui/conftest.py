@@ -115,3 +115,16 @@ async def local(open_url: str) -> AsyncIterator[Browser]:
     client = Browser(open_url)
     yield client
     await client.close()
+
+
+@pytest_asyncio.fixture
+async def admin(backend: FakeVLLM, key_file: Path, folder: Path, tmp_path: Path) -> AsyncIterator[Browser]:
+    """Yield an admin's client of a dashboard with the runs in `folder`, a fixture of the module."""
+    settings = load(
+        upstream=backend.url, keys=key_file, admin_key=BOSS, ui_runs=folder, store=tmp_path / "s.db", **SMALL
+    )
+    async with running(settings) as url:
+        browser = Browser(url)
+        await browser.sign_in(BOSS)
+        yield browser
+        await browser.close()

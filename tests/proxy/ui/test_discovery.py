@@ -6,28 +6,22 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
 import pytest
-import pytest_asyncio
 
 from discovery.commands.discover import RECORD
 from discovery.search.cascade import CandidateVerdict
 from discovery.search.explorers import Candidate
 from discovery.search.history import History
 from proxy.errors import BadRequest
-from proxy.server import running
-from proxy.settings import load
 from proxy.ui.sources import jobs as jobs_module
 from proxy.ui.sources.jobs import LOG_TAIL, CommandJob, CommandJobs, JobState
 from proxy.ui.sources.search_runs import BrokenRun, SearchRecord, SearchRuns
-from tests.fakes import FakeVLLM
-from tests.proxy.conftest import SMALL
-from tests.proxy.ui.conftest import ALICE, BOSS, Browser
+from tests.proxy.ui.conftest import ALICE, Browser
 from tests.proxy.ui.test_rendering import HOSTILE, Tags
 
 ROOT = Path(__file__).parents[3]
@@ -71,18 +65,6 @@ def folder(tmp_path: Path) -> Path:
     text = (made / "damaged" / RECORD).read_text()
     (made / "damaged" / RECORD).write_text(text.replace("71.25", "99.25"))
     return made
-
-
-@pytest_asyncio.fixture
-async def admin(backend: FakeVLLM, key_file: Path, folder: Path, tmp_path: Path) -> AsyncIterator[Browser]:
-    settings = load(
-        upstream=backend.url, keys=key_file, admin_key=BOSS, ui_runs=folder, store=tmp_path / "s.db", **SMALL
-    )
-    async with running(settings) as url:
-        browser = Browser(url)
-        await browser.sign_in(BOSS)
-        yield browser
-        await browser.close()
 
 
 async def test_runs_are_listed_with_their_best_candidate(admin: Browser) -> None:

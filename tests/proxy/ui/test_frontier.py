@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 
-from proxy.server import running
-from proxy.settings import load
 from proxy.ui.sources.frontier_points import (
     PUBLISHED,
     FrontierPoint,
@@ -19,9 +15,7 @@ from proxy.ui.sources.frontier_points import (
     frontier_files,
     read_frontier,
 )
-from tests.fakes import FakeVLLM
-from tests.proxy.conftest import SMALL
-from tests.proxy.ui.conftest import ALICE, BOSS, Browser
+from tests.proxy.ui.conftest import ALICE, Browser
 from tests.proxy.ui.test_discovery import fake_job
 from tests.proxy.ui.test_rendering import HOSTILE, Tags
 
@@ -44,18 +38,6 @@ def folder(tmp_path: Path) -> Path:
     (made / "frontier.json").write_text(json.dumps(scores))
     (made / "broken-frontier.json").write_text("[{}]")
     return made
-
-
-@pytest_asyncio.fixture
-async def admin(backend: FakeVLLM, key_file: Path, folder: Path, tmp_path: Path) -> AsyncIterator[Browser]:
-    settings = load(
-        upstream=backend.url, keys=key_file, admin_key=BOSS, ui_runs=folder, store=tmp_path / "s.db", **SMALL
-    )
-    async with running(settings) as url:
-        browser = Browser(url)
-        await browser.sign_in(BOSS)
-        yield browser
-        await browser.close()
 
 
 def charts(text: str) -> dict[str, Any]:
