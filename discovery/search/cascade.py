@@ -50,8 +50,6 @@ BASELINE_SHUFFLES: Final = 4
 """Branch orders of built-in controllers in a search by successive halving."""
 FINGERPRINT: Final = TrialSettings((0.0, 0.5, 1.0), range(2))
 """Trial on the fixed episodes."""
-FEWEST: Final = 24
-"""Fewest questions of a screening that is worth its time."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +77,9 @@ class CascadePlan(NamedTuple):
     shuffles: int = 4
     few: int = 3  # the trial on few questions uses every n-th; 1 skips it
     behind: float = 1.0  # points behind the best on the few questions beyond which a candidate is dropped
-    screen: int = 12  # the screening before it uses every n-th question; skipped if they are fewer than `FEWEST`
+    screen: int = 12  # the screening before it uses every n-th question
     far_behind: float = 4.0  # points behind the best in the screening beyond which a candidate is dropped
+    enough: int = 24  # both trials are skipped if they have fewer questions, on which chance would drop the best
     latency: float = 0.0  # points subtracted per doubling of the critical path
     harm: float = 0.5  # points subtracted per point of AFS by which the worst cell falls behind `REFERENCE`
     champions: Sequence[Spec] = ()  # controllers that the winner must beat
@@ -208,12 +207,15 @@ class Cascade:
         plan, stages = self._plan, list[_Stage | Rung]()
         if plan.rungs:
             return [Rung(replace(plan.all, shuffles=range(orders)), at) for at, orders in enumerate(plan.rungs)]
-        screened = sum(len(recordings[:: plan.screen]) for recordings in self._arena.cells.values())
-        if plan.few > 1 and plan.screen > plan.few and screened >= FEWEST:
+        if plan.few > 1 and plan.screen > plan.few and self._questions(plan.screen) >= plan.enough:
             stages.append(_Stage(plan.fewest, "screened", plan.far_behind, "very few"))
-        if plan.few > 1:
+        if plan.few > 1 and self._questions(plan.few) >= plan.enough:
             stages.append(_Stage(plan.some, "few", plan.behind, "a few"))
         return stages
+
+    def _questions(self, every: int) -> int:
+        """Return the number of questions of a trial on every n-th."""
+        return sum(len(recordings[::every]) for recordings in self._arena.cells.values())
 
     def _last_trial(self, candidate: Candidate) -> TrialSettings:
         """Return the trial that gives a candidate its score."""

@@ -31,7 +31,7 @@ CELLS = {
     Cell("m", name, Split.SEARCH): [intern_answers(question(i, benchmark=name)) for i in numbers]
     for name, numbers in (("b", range(4)), ("c", range(4, 7)))
 }
-PLAN = CascadePlan(betas=(0.0, 0.5, 1.0), shuffles=2, few=2, harm=0.0)
+PLAN = CascadePlan(betas=(0.0, 0.5, 1.0), shuffles=2, few=2, enough=3, harm=0.0)
 
 HEAD = "from controllers import *\n\n\nclass Mine:\n    def __init__(self, beta): self.most = {most}\n"
 VOTE = HEAD + (
@@ -299,10 +299,9 @@ def test_the_loss_on_the_worst_cell_lowers_the_score(arenas: tuple[TrialPool, Tr
 
 
 def test_a_candidate_far_behind_in_the_screening_is_tried_on_nothing_else(
-    arenas: tuple[TrialPool, TrialPool], monkeypatch: pytest.MonkeyPatch
+    arenas: tuple[TrialPool, TrialPool],
 ) -> None:
-    monkeypatch.setattr("discovery.search.cascade.FEWEST", 2)
-    plan = PLAN._replace(screen=4, far_behind=2.0)
+    plan = PLAN._replace(screen=4, far_behind=2.0, enough=2)
     good, weak = Cascade(*arenas, plan).judge([written(GOOD), written(WEAK)], [])
     assert good.screened is not None
     assert weak.screened is not None
@@ -313,9 +312,15 @@ def test_a_candidate_far_behind_in_the_screening_is_tried_on_nothing_else(
     assert (later.few, later.score) == (None, None)  # compared with the best of earlier steps
 
 
-def test_few_recordings_are_not_screened(cascade: Cascade) -> None:
-    (verdict,) = judge(cascade, written(GOOD))
-    assert verdict.screened is None
+def test_no_candidate_is_dropped_by_chance_on_too_few_questions(arenas: tuple[TrialPool, TrialPool]) -> None:
+    plan = PLAN._replace(screen=4, behind=-100.0, far_behind=-100.0)
+    (dropped,) = Cascade(*arenas, plan._replace(enough=2)).judge([written(GOOD)], [])
+    assert (dropped.screened is None, dropped.few, dropped.score) == (False, None, None)
+    (tried,) = Cascade(*arenas, plan._replace(enough=3)).judge([written(GOOD)], [])
+    assert (tried.screened, tried.few is None, tried.score) == (None, False, None)
+    (kept,) = Cascade(*arenas, plan._replace(enough=5)).judge([written(GOOD)], [])
+    assert (kept.screened, kept.few, kept.failure) == (None, None, "")
+    assert CascadePlan().enough == 24
 
 
 def test_only_files_of_the_grammar_run_unsealed(cascade: Cascade) -> None:

@@ -78,7 +78,7 @@ CELLS = {
     Cell("m", name, Split.SEARCH): [intern_answers(one) for one in ASKED if one.benchmark == name]
     for name in ("b", "c")
 }
-PLAN = CascadePlan(betas=(0.0, 0.5, 1.0), shuffles=2)
+PLAN = CascadePlan(betas=(0.0, 0.5, 1.0), shuffles=2, enough=3)
 SETTINGS = {"explorer": "grammar", "seed": 0}
 
 
