@@ -34,7 +34,7 @@ QUICK_AT_ONCE: Final = (2,)
 """The number in a quick run: the smallest at which episodes are concurrent."""
 QUICK_LENGTHS: Final = (4, 4)
 """Operations of the questions of a quick run."""
-LEAST: Final = 16
+LEAST: Final = 10
 """Questions that are asked at each of them, if it is not a larger number itself."""
 CHAINS: Final = 8
 """Chains of self-consistency and of the plain requests."""

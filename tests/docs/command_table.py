@@ -95,6 +95,9 @@ NOT_RUN: Final = {
     "--shuffles 5 --compare --out boinf.json": "needs the public recordings",
     "autotts calibrate --recordings ../shared/replay/autotts --controllers adaptive_consistency,short_m_at_k,cmc "
     "--shuffles 5 --compare --out qwen3.json": "needs the public recordings",
+    "autotts calibrate --recordings ../shared/replay/autotts --betas 0.5 --shuffles 5 --out agreement.json": (
+        "needs the public recordings"
+    ),
     "autotts discover --recordings ../shared/replay/autotts --explorer grammar --minutes 4 --probe-tokens 20 "
     "--benchmarks aime24 --seed 1": "searches for four minutes on the public recordings",
     "autotts discover --recordings ../shared/replay/autotts --explorer grammar --minutes 20 --probe-tokens 20 "

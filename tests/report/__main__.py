@@ -1,6 +1,6 @@
 """Measure everything that the report shows, and write `docs/report.md` with its pictures.
 
-    python -m tests.report [--only SECTION,…] [--minutes 10] [--peers] [--fresh] [--render]
+    python -m tests.report [--only SECTION,…] [--minutes 5] [--peers] [--fresh] [--render]
 
 Each section runs one command of this project. Results are kept in `build/report`, so that an interrupted run goes on
 where it stopped; a result is measured again if the code has changed, or with `--fresh`. `--render` only writes the page
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m tests.report", description="Measure everything and write the report."
     )
     parser.add_argument("--only", default="", metavar="SECTION,…", help="measure only these sections")
-    parser.add_argument("--minutes", type=float, default=10.0, help="length of the soak test (default: 10)")
+    parser.add_argument("--minutes", type=float, default=5.0, help="length of the soak test (default: 5)")
     parser.add_argument("--peers", action="store_true", help="also measure other proxies")
     parser.add_argument("--fresh", action="store_true", help="measure again what has been measured")
     parser.add_argument("--render", action="store_true", help="measure nothing; write the page from what is kept")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +12,7 @@ from typing import Final
 from tests.bench.__main__ import HEADINGS, machine, markdown_table
 from tests.report.aims import AimOutcome, outcomes
 from tests.report.measuring import SectionResult
+from tests.report.quotes import anchor
 from tests.report.sections import Section
 
 PACKAGES: Final = (
@@ -54,6 +56,7 @@ def page(sections: Sequence[Section], results: Mapping[str, SectionResult], pict
         INTRODUCTION,
         f"- Machine: {machine()}\n- Versions: {versions()}\n- Digest of the code: {', '.join(codes)}\n"
         f"- Measured on {' and '.join(days)}, in {minutes:.0f} minutes",
+        *_in_short(sections, results),
         *_aims(outcomes(row for result in measured for row in result.rows)),
         *_missing(sections, results),
     ]
@@ -63,17 +66,34 @@ def page(sections: Sequence[Section], results: Mapping[str, SectionResult], pict
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
+def _in_short(sections: Sequence[Section], results: Mapping[str, SectionResult]) -> list[str]:
+    """Return the lines that sum up the sections, with links to them."""
+    lines = []
+    for section in sections:
+        result = results.get(section.name)
+        if section.headlines and result is not None and result.status == 0:
+            found = [headline[0].strip(" .") for headline in re.finditer(section.headlines, result.text)]
+            lines.append(f"- [{section.title}](#{anchor(section.title)}): {'; '.join(found)}.")
+    return ["## In short", "\n".join(lines)] if lines else []
+
+
 def _aims(reached: Sequence[AimOutcome]) -> list[str]:
+    kept = [outcome for outcome in reached if outcome.is_reached]
+    short = [outcome for outcome in reached if not outcome.is_reached]
+    lines = ["## What fell short", f"{len(kept)} of {len(reached)} figures with an aim reach it."]
+    if short:
+        lines += ["These do not:", _aim_table(short)]
+    if kept:
+        lines += ["## What reached its aim", _aim_table(kept)]
+    return lines
+
+
+def _aim_table(listed: Sequence[AimOutcome]) -> str:
     rows = [
         (outcome.row, f"{'≥' if outcome.aim.is_minimum else '≤'} {outcome.aim.bound:,g}", f"{outcome.measured:,g}")
-        for outcome in reached
-        if not outcome.is_reached
+        for outcome in listed
     ]
-    kept = sum(outcome.is_reached for outcome in reached)
-    lines = ["## What fell short", f"{kept} of {len(reached)} figures with an aim reach it."]
-    if rows:
-        lines += ["These do not:", markdown_table(("figure", "aim", "measured"), rows)]
-    return lines
+    return markdown_table(("figure", "aim", "measured"), rows)
 
 
 def _missing(sections: Sequence[Section], results: Mapping[str, SectionResult]) -> list[str]:
@@ -94,7 +114,8 @@ def _missing(sections: Sequence[Section], results: Mapping[str, SectionResult]) 
 def _section(section: Section, result: SectionResult, picture: str | None) -> list[str]:
     if section.has_rows and not result.rows:
         return []
-    parts = [f"## {section.title}", section.about, f"```sh\n{section.shown}\n```"]
+    about = f"{section.about} It took {result.seconds:,.0f} seconds."
+    parts = [f"## {section.title}", about, f"```sh\n{section.shown}\n```"]
     if section.has_rows:
         parts.append(markdown_table(HEADINGS, result.rows))
     else:

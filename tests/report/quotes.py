@@ -1,6 +1,7 @@
-"""Figures that README and the manual quote from the report.
+"""Figures that README and the manual quote from the report, and tables of figures that commands print.
 
-A sentence that links to `report.md#SECTION` quotes that section: each of its figures must be there.
+A sentence that links to `report.md#SECTION` quotes that section: each of its figures must be there. A table of figures
+stands in a section that quotes the report or has the command that prints it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,12 @@ _LINK: Final = re.compile(r"\]\((?:docs/)?report\.md#([a-z0-9-]+)\)")
 _PARAGRAPH_END: Final = re.compile(r"\n\s*\n|\n(?=\s*- )")
 """An empty line, or the beginning of an item of a list."""
 _SENTENCE_END: Final = re.compile(r"(?<=[.:!?])\s+(?=[A-Z`*(\[])")
+_FIGURE: Final = re.compile(r"\**[+−-]?\d[\d,]*(?:\.\d+)?\**\s*(?:%|ms|s|±|\(|\[|×|at|$)")
+"""The beginning of a cell that has a figure."""
+_FIGURES: Final = 4
+"""A table with as many figures is a table of figures."""
+_CODE: Final = re.compile(r"```sh$.*?^```|`python -m tests\.[^`]*`", re.DOTALL | re.MULTILINE)
+"""Commands that print figures."""
 _HEADING: Final = re.compile(r"^## (.+)$", re.MULTILINE)
 
 
@@ -42,6 +49,17 @@ def section_texts(page: str) -> dict[str, str]:
     starts = list(_HEADING.finditer(page))
     ends = [*(start.start() for start in starts[1:]), len(page)]
     return {anchor(start[1]): page[start.end() : end] for start, end in zip(starts, ends, strict=True)}
+
+
+def tables_without_source(text: str) -> list[str]:
+    """Return the headings of a page's sections that have a table of figures, but neither a command nor a quote."""
+    unsourced = []
+    for section in re.split(r"^(?=#+ )", text, flags=re.MULTILINE):
+        cells = [cell.strip() for line in section.splitlines() if line.startswith("|") for cell in line.split("|")]
+        figures = sum(_FIGURE.match(cell) is not None for cell in cells)
+        if figures >= _FIGURES and not _CODE.search(section) and not _LINK.search(section):
+            unsourced.append(section.partition("\n")[0])
+    return unsourced
 
 
 def anchor(heading: str) -> str:

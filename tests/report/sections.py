@@ -49,6 +49,7 @@ class Section(NamedTuple):
     picture: str = ""  # file in its folder
     timeout_s: float = 1800.0
     summary: Callable[[Path], str] | None = None  # what its files in the folder say, if it prints nothing
+    headlines: str = ""  # expression; the texts in lines of its output that it finds sum the section up
 
 
 def _bench(part: str, *, pure: bool = True) -> Section:
@@ -68,8 +69,6 @@ def _bench(part: str, *, pure: bool = True) -> Section:
 def sections(soak_minutes: float, with_peers: bool) -> list[Section]:
     """Return the sections in the order in which they run."""
     return [
-        *(_bench(part) for part in PARTS if with_peers or part not in WITH_PEERS),
-        *(_bench(part, pure=False) for part in PARTS if CORE.compiled and part in BY_CORE),
         Section(
             "frontier",
             "Accuracy over tokens on the embedded model",
@@ -77,6 +76,7 @@ def sections(soak_minutes: float, with_peers: bool) -> list[Section]:
             lambda folder: (PYTHON, "-m", "proxy.cli", "demo", "--plot", str(folder / "frontier.svg")),
             "make demo",
             picture="frontier.svg",
+            headlines=r"The accuracy of .*",
         ),
         Section(
             "loop",
@@ -88,6 +88,7 @@ def sections(soak_minutes: float, with_peers: bool) -> list[Section]:
             picture="loop/frontier.svg",
             timeout_s=3600.0,
             summary=lambda folder: list_items(folder / "loop" / "report.html"),
+            headlines=r"(?:The search tried|Gate against|Live,|found_\w+ reaches) .*",
         ),
         Section(
             "parity",
@@ -95,7 +96,10 @@ def sections(soak_minutes: float, with_peers: bool) -> list[Section]:
             "Every decision of the requests that the loop served is taken again, and means are compared.",
             _parity,
             "autotts parity --store loop/served.db --controllers FILE",
+            headlines=r"(?:decisions|reproduced): .*",
         ),
+        *(_bench(part) for part in PARTS if with_peers or part not in WITH_PEERS),
+        *(_bench(part, pure=False) for part in PARTS if CORE.compiled and part in BY_CORE),
         Section(
             "simulation",
             "A fleet under load",
@@ -110,6 +114,7 @@ def sections(soak_minutes: float, with_peers: bool) -> list[Section]:
             "SQLite after 300 simulated power cuts, a control that syncs less, and PostgreSQL after kills.",
             lambda folder: ("env", "SOAK_CUTS=300", PYTHON, "-m", "pytest", "-n0", "-q", "-s", POWER_CUTS),
             f"SOAK_CUTS=300 python -m pytest -q -s {POWER_CUTS}",
+            headlines=r"(?:with synchronous=NORMAL )?\d+ (?:of \d+ )?(?:cuts|kills).*",
         ),
         Section(
             "soak",
@@ -117,6 +122,7 @@ def sections(soak_minutes: float, with_peers: bool) -> list[Section]:
             "Mixed traffic on the real stack while upstream, store, keys, controllers and connections are disturbed.",
             lambda folder: (PYTHON, "-m", "tests.soak", "--minutes", f"{soak_minutes:g}"),
             f"make soak MINUTES={soak_minutes:g}",
+            headlines=r"(?:memory after|/health:|\d+ bills|nothing was wrong).*",
         ),
         *([_PEERS] if with_peers else []),
     ]
