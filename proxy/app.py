@@ -82,6 +82,7 @@ def create_app(settings: Settings, place: WorkerPlace | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
+        redirect_slashes=False,
     )
     for route in ROUTES:
         _add_route(app, route, app.endpoints[route.method, route.path])

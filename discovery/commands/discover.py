@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -363,5 +364,10 @@ def _leaders(run: SearchLoop, most: int = 10) -> Table:
         table.add_column(heading, justify="right" if heading == "score" else "left")
     for leader in run.context().leaders[:most]:
         points = "  ".join(f"{beta:g}: {tokens:,} {accuracy}" for beta, tokens, accuracy in leader.curve[::2])
-        table.add_row(escape(leader.candidate.name), f"{leader.score:.2f}", points, escape(leader.candidate.note[:60]))
+        table.add_row(
+            escape(leader.candidate.name),
+            f"{leader.score:.2f}",
+            points,
+            escape(shorten(leader.candidate.note, 60, placeholder=" …")),
+        )
     return table

@@ -33,6 +33,7 @@ UNSERVED_PATHS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "/": "the dashboard is at /ui and the API's documentation at /docs; a client's base URL ends in /v1",
         "/v1": "a client's base URL ends in /v1, and the client appends paths such as /chat/completions",
+        "/v1/tts/requests": "append a request's id; `autotts requests list` and the dashboard list them",
         "/v1/chat/completions/batch": "send the requests one by one to /v1/chat/completions",
         "/v1/audio/transcriptions": "the proxy serves text; send the request to the upstream directly",
         "/v1/audio/translations": "the proxy serves text; send the request to the upstream directly",

@@ -6,6 +6,7 @@ import difflib
 import json
 import sys
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any
 
 import typer
@@ -58,8 +59,14 @@ def show(
         table.add_column(heading, justify="right" if heading in ("score", "$") else "left")
     for candidate, verdict in pairs:
         score = "" if verdict.score is None else f"{verdict.score:.2f}"
-        text = verdict.failure or candidate.note
-        cells = escape(candidate.name), candidate.digest[:12], score, f"{candidate.cost.usd:.4f}", escape(text[:90])
+        text = shorten(verdict.failure or candidate.note, 90, placeholder=" …")
+        cells = (
+            escape(candidate.name),
+            candidate.digest[:12],
+            score,
+            f"{candidate.cost.usd:.4f}",
+            escape(text),
+        )
         table.add_row(*cells)
     wide_console().print(table)
 

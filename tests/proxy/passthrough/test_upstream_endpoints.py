@@ -104,10 +104,11 @@ async def test_fastapi_errors_are_read_when_a_controller_serves_the_request(
 
 @pytest.mark.parametrize("path", UNSERVED_PATHS)
 async def test_an_unserved_path_returns_404_with_advice(proxy: Proxy, path: str) -> None:
-    async with proxy.http.post(proxy.url + path, json={}) as response:
-        error = (await response.json())["error"]
-    assert (response.status, error["code"]) == (404, "not_found")
-    assert error["message"] == f"POST {path} is not served: {UNSERVED_PATHS[path]}"
+    for method in ("POST", "GET"):
+        async with proxy.http.request(method, proxy.url + path, json={}, allow_redirects=False) as response:
+            error = (await response.json())["error"]
+        assert (response.status, error["code"]) == (404, "not_found")
+        assert error["message"] == f"{method} {path} is not served: {UNSERVED_PATHS[path]}"
 
 
 def test_no_unserved_path_is_also_forwarded() -> None:
