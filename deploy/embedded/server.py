@@ -64,9 +64,9 @@ _PR_SET_PDEATHSIG = 1
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal arrives; return the exit status."""
     arguments, extra = _parser().parse_known_args(argv)
-    problem = _problem()
-    if problem is not None:
-        print(f"embedded model: {problem}", file=sys.stderr)
+    reason = problem()
+    if reason is not None:
+        print(f"embedded model: {reason}", file=sys.stderr)
         return 1
     parent = os.getppid()
     if not arguments.outlive_parent:
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _problem() -> str | None:
+def problem() -> str | None:
     """Return why the model cannot be served on this machine and what to do, in one line; None if it can."""
     if not _has_avx2():
         return "this CPU has no AVX2, which vLLM for CPU needs; start the proxy with --upstream URL instead"

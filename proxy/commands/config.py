@@ -130,12 +130,16 @@ def show(
 @with_flags
 def check(given: Flags, file: File = None, sets: Sets = None) -> None:
     """Check whether `autotts serve` could start with these settings. Unknown AUTOTTS_ variables are listed."""
+    from deploy.embedded import server
     from proxy.admission.auth import check_host
     from proxy.app import create_app
+    from proxy.errors import SettingsError
     from proxy.settings import DEFAULT, EMBEDDED_DEFAULT, Settings, find_file, unknown_variables
 
     configured = gather(file, sets, given)
     settings = configured.settings
+    if settings.upstream is None and (problem := server.problem()):
+        raise SettingsError(f"upstream: none is set, and the embedded model cannot start: {problem}")
     check_host(settings)
     create_app(settings if settings.upstream else settings.model_copy(update={"upstream": "http://embedded"}))
     console = wide_console()

@@ -58,13 +58,17 @@ def check_limits(settings: Settings) -> None:
 
 
 def check_files(settings: Settings) -> None:
-    """Raise SettingsError if another setting names a file of the store.
+    """Raise SettingsError if records could be kept nowhere, or if another setting names a file of the store.
 
-    Closing such a file would drop the locks by which SQLite protects the store.
+    Closing such a file would drop the locks by which SQLite protects the store. Its folder may be missing, such as one
+    that is mounted later, if the spill file has one.
     """
     store = settings.store
     if not isinstance(store, Path):
         return
+    folder, spill = store.resolve().parent, settings.spill or store
+    if not folder.is_dir() and not spill.resolve().parent.is_dir():
+        raise SettingsError(f"store: {store}: there is no folder {folder}; create it, or set spill to a file elsewhere")
     for name, path in settings:
         if not isinstance(path, Path) or name == "store":
             continue

@@ -6,12 +6,13 @@ import asyncio
 import json
 import re
 import sys
+from inspect import signature
 from pathlib import Path
 from zlib import crc32
 
 import pytest
 
-from proxy.commands.config import gather
+from proxy.commands.config import check, gather
 from proxy.errors import SettingsError
 from proxy.settings import SERVED, configure, find_file, is_secret, load
 from tests.fakes import FakeVLLM
@@ -156,6 +157,22 @@ def test_a_spill_path_that_is_used_otherwise_is_refused_and_left_unchanged(
     with pytest.raises(SettingsError, match=rf"^spill \(AUTOTTS_SPILL\): {spill.removeprefix('./')} (is|exists)"):
         load(**UP, store=store)
     assert (tmp_path / "notes").read_text() == "line one\nline two"
+
+
+def test_a_store_without_a_folder_is_refused_unless_the_spill_file_has_one(tmp_path: Path) -> None:
+    store = tmp_path / "away" / "s.db"
+    for spill in (None, tmp_path / "gone" / "spill"):
+        with pytest.raises(SettingsError, match=rf"store: {store}: there is no folder .*; create it, or set"):
+            load(**UP, store=store, spill=spill)
+    assert load(**UP, store=store, spill=tmp_path / "spill").store == store  # its folder may be mounted later
+
+
+def test_settings_without_an_upstream_need_a_machine_that_can_serve_the_embedded_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deploy.embedded.server.problem", lambda: "vLLM is not installed")
+    with pytest.raises(SettingsError, match="upstream: none is set, and the embedded model cannot start: vLLM is not"):
+        check(**dict.fromkeys(signature(check).parameters))
 
 
 def test_an_existing_spill_file_is_accepted(tmp_path: Path) -> None:
