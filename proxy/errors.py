@@ -16,6 +16,7 @@ ProxyError
     └── UpstreamError          502 by default, the upstream failed
         ├── UpstreamUnreachable    502, no connection to the upstream
         ├── UpstreamTimeout        504, no data in time
+        │   └── DeadlinePassed     504, the request's own deadline
         ├── UpstreamCircuitOpen    503, the circuit breaker is open
         ├── UpstreamProtocolError  502, an invalid response
         │   └── UpstreamDisconnected   the connection broke
@@ -202,6 +203,14 @@ class UpstreamTimeout(UpstreamError):
     """The upstream sent no data in time."""
 
     status = HTTPStatus.GATEWAY_TIMEOUT
+
+
+class DeadlinePassed(UpstreamTimeout):
+    """The request's own deadline passed before the first token."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"x-should-retry": "false"}  # a retry by the client would wait as long again
 
 
 class UpstreamCircuitOpen(UpstreamError):

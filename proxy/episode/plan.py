@@ -250,9 +250,10 @@ async def _limits(
     room = model.max_length - prompt - max(close + finalise, suffix + max(probe, finalise))
     if room < 1:
         needed = model.max_length - prompt - room + 1
+        instead = ", or send it without β" if prompt < model.max_length else ""
         raise BadRequest(
             f"This model's maximum context length is {model.max_length} tokens. However, your prompt has {prompt} "
-            f"tokens, and with β a reply needs at least {needed} more. Shorten the prompt, or send it without β",
+            f"tokens, and with β a reply needs at least {needed} more. Shorten the prompt{instead}",
             param=request.prompt_field,
             code=CONTEXT_EXCEEDED,
         )

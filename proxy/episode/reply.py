@@ -13,7 +13,7 @@ from proxy import probe_templates
 from proxy.environment.live_environment import LiveEnvironment
 from proxy.episode.bill import token_bill, usage
 from proxy.episode.tts_object import tts_object
-from proxy.errors import UpstreamError, UpstreamTimeout
+from proxy.errors import DeadlinePassed, UpstreamError
 from proxy.types import LiveBranch, Message, Plan, Reply
 
 logger = logging.getLogger(__name__)
@@ -74,11 +74,10 @@ async def compose_reply(
     )
 
 
-def deadline_error() -> UpstreamTimeout:
+def deadline_error() -> DeadlinePassed:
     """Return the error of a request whose deadline passed before any token was generated."""
-    return UpstreamTimeout(
-        "the deadline passed before the first token; retry, or raise tts.deadline_s", param="tts.deadline_s"
-    )
+    message = "the deadline passed before the first token; raise tts.deadline_s, or ask again later"
+    return DeadlinePassed(message, param="tts.deadline_s", code="deadline_passed")
 
 
 def _select_branch(environment: LiveEnvironment, state: State) -> int:
@@ -124,7 +123,7 @@ async def _finished_message(plan: Plan, environment: LiveEnvironment, index: int
 def _message_as_is(plan: Plan, environment: LiveEnvironment, index: int, state: State) -> tuple[Message, bool]:
     """Return a message without another request to the upstream, and whether the branch agrees with the vote.
 
-    The message is the branch's text, or a statement of the voted answer. Raises UpstreamTimeout if there is neither.
+    The message is the branch's text, or a statement of the voted answer. Raises DeadlinePassed if there is neither.
     """
     environment.discard_in_flight()
     branch = environment.branches[index]

@@ -301,6 +301,7 @@ async def test_every_endpoint_refuses_bad_requests_as_chat_does(proxy: Proxy, pa
     _, _, reply = await post(proxy, path, {param: prompt("x" * 20_000), "tts": {"beta": 1}})
     assert reply["error"]["code"] == "context_length_exceeded"
     assert reply["error"]["message"].startswith("This model's maximum context length is 2000 tokens. However, your ")
+    assert reply["error"]["message"].endswith("Shorten the prompt")  # without β it would not fit either
     sent = {"content-type": "application/json"}
     async with proxy.http.post(proxy.url + path, data=b"[1", headers=sent) as response:
         assert (response.status, (await response.json())["error"]["code"]) == (400, "bad_json")
