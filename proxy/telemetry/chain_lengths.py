@@ -1,7 +1,7 @@
 """Warn if the interval Δ is too long for a model, judged by the lengths of its chains in live traffic.
 
 Controllers decide after each interval. If a chain ends within one or two intervals, they can neither prune it nor open
-more branches in time. A given β then buys far fewer chains than it should.
+more branches in time.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Final, Protocol
 
 logger = logging.getLogger(__name__)
 
-MIN_CHAINS: Final = 20
-"""Number of chains that are needed before a model is checked."""
-MAX_CHAINS: Final = 100
-"""Number of latest chains that are kept per model."""
+MIN_EPISODES: Final = 20
+"""Number of episodes that are needed before a model is checked. The chains of one question are alike."""
+MAX_EPISODES: Final = 100
+"""Number of latest episodes whose chains are kept per model."""
 MIN_INTERVALS: Final = 3
 """Minimum number of intervals that a chain should have."""
 GOOD_INTERVALS: Final = 8
@@ -39,10 +39,10 @@ class EpisodeBranch(Protocol):
 
 
 class ChainLengths:
-    """The lengths of each model's latest chains."""
+    """The median lengths of the chains of each model's latest episodes."""
 
     def __init__(self) -> None:
-        self._lengths: dict[str, deque[int]] = {}
+        self._medians: dict[str, deque[float]] = {}
         self._warned: dict[str, int] = {}  # by model: the interval of the last warning
 
     def observe(self, model: str, interval: int, branches: Iterable[EpisodeBranch]) -> None:
@@ -50,19 +50,22 @@ class ChainLengths:
 
         Branches that were cut count only if they were already long enough.
         """
-        lengths = self._lengths.setdefault(model, deque(maxlen=MAX_CHAINS))
+        medians = self._medians.setdefault(model, deque(maxlen=MAX_EPISODES))
         enough = MIN_INTERVALS * interval
-        lengths.extend(len(live.ids) for live in branches if live.finish == "stop" or len(live.ids) >= enough)
-        if len(lengths) < MIN_CHAINS or self._warned.get(model) == interval:
+        lengths = [len(live.ids) for live in branches if live.finish == "stop" or len(live.ids) >= enough]
+        if lengths:
+            medians.append(median(lengths))
+        if len(medians) < MIN_EPISODES or self._warned.get(model) == interval:
             return
-        usual = median(lengths)
+        usual = median(medians)
         better = suggested_interval(usual)
         if usual < enough and better < interval:
             self._warned[model] = interval
             logger.warning(
-                "%s: chains have %.0f tokens (median of the latest %s) and the interval has %s, so controllers decide "
-                "only %.1f times per chain and open few chains at any β; set AUTOTTS_INTERVAL=%s for this model",
-                *(model, usual, len(lengths), interval, usual / interval, better),
+                "%s: chains have %.0f tokens (median of the latest %s requests) and the interval has %s, so "
+                "controllers decide only %.1f times per chain, too late to prune or to open some; set "
+                "AUTOTTS_INTERVAL=%s for this model",
+                *(model, usual, len(medians), interval, usual / interval, better),
             )
 
 

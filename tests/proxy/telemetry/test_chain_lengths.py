@@ -9,7 +9,7 @@ from openai import AsyncOpenAI
 
 from proxy.server import running
 from proxy.settings import load
-from proxy.telemetry.chain_lengths import MIN_CHAINS, ChainLengths, suggested_interval
+from proxy.telemetry.chain_lengths import MIN_EPISODES, ChainLengths, suggested_interval
 from proxy.types import LiveBranch
 from tests.fakes import MODEL, FakeVLLM, chain
 from tests.proxy.conftest import INTERVAL, SMALL, Proxy, backend, proxy
@@ -29,16 +29,19 @@ def test_chains_short_for_the_interval_are_warned_of_once_with_a_better_interval
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     lengths = ChainLengths()
-    lengths.observe("m", 512, branches(*[400] * (MIN_CHAINS - 1)))
-    assert not warnings_of(caplog)
+    for _ in range(MIN_EPISODES - 1):
+        lengths.observe("m", 512, branches(400, 410, 390))
+    lengths.observe("m", 512, branches())
+    assert not warnings_of(caplog)  # twenty questions are needed, however many chains they have
     for _ in range(3):
         lengths.observe("m", 512, branches(400, 410))
     (line,) = warnings_of(caplog)
-    assert line.startswith("m: chains have 400 tokens (median of the latest 21) and the interval has 512, ")
+    assert line.startswith("m: chains have 400 tokens (median of the latest 20 requests) and the interval has 512, ")
     assert line.endswith(
-        "only 0.8 times per chain and open few chains at any β; set AUTOTTS_INTERVAL=48 for this model"
+        "only 0.8 times per chain, too late to prune or to open some; set AUTOTTS_INTERVAL=48 for this model"
     )
-    lengths.observe("n", 512, branches(*[400] * MIN_CHAINS))
+    for _ in range(MIN_EPISODES):
+        lengths.observe("n", 512, branches(400))
     assert len(warnings_of(caplog)) == 2
 
 
@@ -74,7 +77,8 @@ async def test_the_proxy_warns_of_short_chains_seen_in_its_traffic(
     caplog.set_level(logging.WARNING)
     settings = load(upstream=proxy.backend.url, **{**SMALL, "interval": 512})
     async with running(settings) as url:
-        await proxy._replace(url=url).ask("0.5", tts={"controller": "sc@24", "answer": "boxed"})
+        for _ in range(MIN_EPISODES):
+            await proxy._replace(url=url).ask("0.5", tts={"controller": "sc@2", "answer": "boxed"})
     (line,) = warnings_of(caplog)
     assert line.startswith(f"{MODEL}: chains have ")
 
