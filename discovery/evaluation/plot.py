@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from discovery.data.atomic_files import atomic_write, check_writable_path
 from discovery.errors import FileWriteError
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 COLOURS: Final = ("#2563eb", "#b45309", "#059669", "#dc2626", "#7c3aed", "#475569", "#db2777", "#65a30d")
 LABEL_SIZE: Final = 8
 """Height of the labels of points."""
+STEPS: Final = 40
+"""Points of the line between two settings."""
 
 
 class PlotPoint(NamedTuple):
@@ -41,6 +44,19 @@ def check_plot(path: Path) -> None:
     if path.suffix not in (".png", ".svg"):
         raise FileWriteError(f"--plot {path}: the name must end in .png or .svg")
     check_writable_path(path, "--plot")
+
+
+def mixtures(points: Sequence[PlotPoint]) -> NDArray[np.float64]:
+    """Return the line through points as (tokens, accuracy) rows, straight in tokens as AFS is (see `afs.py`).
+
+    Two neighbouring settings, mixed at random, reach what is between them. On a logarithmic axis such a line is bent.
+    """
+    parts = [np.array([points[0][:2]])]
+    for (low, start, *_), (high, end, *_) in pairwise(points):
+        tokens = np.geomspace(low, high, STEPS)[1:]
+        share = np.linspace(0, 1, STEPS)[1:] if high == low else (tokens - low) / (high - low)
+        parts.append(np.column_stack([tokens, start + share * (end - start)]))
+    return np.concatenate(parts)
 
 
 def draw_frontiers(panels: Mapping[str, Panel], path: Path) -> None:
@@ -67,10 +83,12 @@ def draw_frontiers(panels: Mapping[str, Panel], path: Path) -> None:
                 markersize=5,
                 capsize=2,
                 elinewidth=1,
+                linestyle="none",
                 color=colours[name],
                 ecolor=(colours[name], 0.45),
                 label=name,
             )
+            axes.plot(*mixtures(points).T, color=colours[name])
         axes.set(xscale="log", xlabel="tokens per question, all branches and probes", ylabel="accuracy, %")
         axes.margins(x=0.12)
         label_tokens(axes)
@@ -93,8 +111,7 @@ def label_points(figure: Figure, axes: Axes, lines: Panel, colours: Mapping[str,
     high, near = 1.3 * LABEL_SIZE * scale, 4 * scale
     places = {name: axes.transData.transform([point[:2] for point in points]) for name, points in lines.items()}
     points_at = np.concatenate(list(places.values()))
-    steps = np.linspace(0, 1, 40)[:, None]
-    crossed = np.concatenate([points_at, *(a + steps * (b - a) for line in places.values() for a, b in pairwise(line))])
+    crossed = np.concatenate([axes.transData.transform(mixtures(points)) for points in lines.values()])
     taken: list[Bbox] = []
     labels = [
         (at not in (0, len(points) - 1), point, place, colours[name])

@@ -5,6 +5,8 @@
   const LIGHT = ["#0072b2", "#d55e00", "#009e73", "#a5558a", "#8f6a00", "#3b8fc4", "#4d4d4d"];
   const DARK = ["#56b4e9", "#e69f00", "#2bbf95", "#cc79a7", "#f0e442", "#f08040", "#bdbdbd"];
   const SYMBOLS = ["circle", "rect", "triangle", "diamond", "roundRect", "pin", "arrow"];
+  const STEPS = 20; // of the line between two points
+  const BESIDE = "beside"; // begins the ids of series that have no points of their own
   const number = new Intl.NumberFormat(undefined, { maximumSignificantDigits: 4 });
   const short = new Intl.NumberFormat(undefined, { notation: "compact", maximumSignificantDigits: 3 });
   const time = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
@@ -45,20 +47,31 @@
     minorSplitLine: { show: false },
   });
 
+  // On a logarithmic axis, neighbours are joined by lines that are straight in x, as AFS counts them: a random mix of
+  // the two reaches what is between them. Rows are x and the figures at it.
+  const joined = (chart, rows) => {
+    if (chart.kind !== "line" || chart.x.scale !== "log") return rows;
+    return rows.flatMap((row, at) => {
+      const next = rows[at + 1];
+      if (!next || [...row, ...next].includes(null)) return [row];
+      return Array.from({ length: STEPS }, (_, step) => {
+        const x = row[0] * (next[0] / row[0]) ** (step / STEPS);
+        const share = next[0] === row[0] ? step / STEPS : (x - row[0]) / (next[0] - row[0]);
+        return row.map((value, column) => (column === 0 ? x : value + share * (next[column] - value)));
+      });
+    });
+  };
+
   const seriesOptions = (chart, palette) => {
     const options = [];
     chart.series.forEach((series, index) => {
       const colour = series.is_reference ? palette.muted : palette.series[index % palette.series.length];
       const data = series.points.map(([x, y]) => [xValue(chart.x, x), y]);
       const isStacked = chart.kind === "area" || chart.kind === "bar";
-      if (series.low.length) {
-        const low = series.points.map(([x], at) => [xValue(chart.x, x), series.low[at]]);
-        const width = series.points.map(([x], at) => [xValue(chart.x, x), series.high[at] - series.low[at]]);
-        const band = { type: "line", stack: `band ${index}`, symbol: "none", silent: true, lineStyle: { opacity: 0 },
-          tooltip: { show: false }, stackStrategy: "all" };
-        options.push({ ...band, name: `${series.name} low`, data: low });
-        options.push({ ...band, name: `${series.name} high`, data: width, areaStyle: { color: colour, opacity: 0.18 } });
-      }
+      const line = joined(chart, data);
+      const style = { width: 2, type: series.is_reference ? "dashed" : "solid" };
+      // What shares the name is shown and hidden together; the legend takes its colour from the first.
+      const beside = { name: series.name, type: "line", symbol: "none", silent: true, color: colour };
       options.push({
         name: series.name,
         type: chart.kind === "bar" ? "bar" : "line",
@@ -70,16 +83,28 @@
         symbol: SYMBOLS[index % SYMBOLS.length],
         symbolSize: chart.kind === "area" ? 5 : 8,
         showSymbol: chart.kind !== "area",
-        lineStyle: { width: 2, type: series.is_reference ? "dashed" : "solid" },
+        lineStyle: line === data ? style : { opacity: 0 },
         connectNulls: false,
         emphasis: { focus: "none" },
+        z: 3,
       });
+      if (line !== data) options.push({ ...beside, id: `${BESIDE} line ${index}`, data: line, lineStyle: style });
+      if (series.low.length) {
+        const ends = data.map(([x], at) => [x, series.low[at], series.high[at] - series.low[at]]);
+        const rows = joined(chart, ends);
+        const band = { ...beside, stack: `band ${index}`, lineStyle: { opacity: 0 }, stackStrategy: "all" };
+        options.push({ ...band, id: `${BESIDE} low ${index}`, data: rows.map(([x, low]) => [x, low]) });
+        options.push({
+          ...band, id: `${BESIDE} band ${index}`, data: rows.map(([x, , width]) => [x, width]),
+          areaStyle: { color: colour, opacity: 0.18 },
+        });
+      }
     });
     return options;
   };
 
   const tooltip = (chart) => (items) => {
-    const list = (Array.isArray(items) ? items : [items]).filter((item) => !/ (low|high)$/.test(item.seriesName));
+    const list = (Array.isArray(items) ? items : [items]).filter((item) => !item.seriesId.startsWith(BESIDE));
     if (!list.length) return "";
     const lines = [xText(chart.x, list[0].value[0])];
     for (const item of list) {

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from itertools import combinations, product
 
+import numpy as np
+import pytest
 from matplotlib.figure import Figure
 
-from discovery.evaluation.plot import PlotPoint, label_points
+from discovery.evaluation.plot import PlotPoint, label_points, mixtures
 
 
 def test_labels_of_points_cover_no_label_and_no_point() -> None:
@@ -25,3 +27,11 @@ def test_labels_of_points_cover_no_label_and_no_point() -> None:
     assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
     points = [axes.transData.transform(point[:2]) for row in lines.values() for point in row]
     assert not any(box.contains(*point) for box, point in product(boxes, points))
+
+
+def test_lines_are_straight_in_tokens_as_afs_is() -> None:
+    line = mixtures([PlotPoint(100, 40, 1), PlotPoint(1100, 60, 1), PlotPoint(1100, 61, 1), PlotPoint(900, 65, 1)])
+    assert np.interp(600, line[:40, 0], line[:40, 1]) == pytest.approx(50, abs=0.1)
+    assert line[[0, -1]].tolist() == [[100, 40], [900, 65]]
+    assert np.isfinite(line).all()
+    assert mixtures([PlotPoint(5, 6, 0)]).tolist() == [[5, 6]]
