@@ -51,7 +51,7 @@ from discovery.search.fixed_recordings import fixed_recordings
 from discovery.search.halving import FEWEST_ORDERS, last_orders, rungs_below
 from discovery.search.history import History
 from discovery.search.kernel.jit import is_available
-from discovery.search.loop import Digester, Finalist, SearchLimits, SearchLoop, card, read_pairs
+from discovery.search.loop import Digester, Finalist, SearchLimits, SearchLoop, card, final_shuffles, read_pairs
 from discovery.search.prompt import SYSTEM, USER, join_blocks
 from discovery.search.trace_digest import digest_traces
 from discovery.search.trial_pool import KEPT_CELLS, TrialPool, TrialSettings, can_be_probed
@@ -202,7 +202,7 @@ def discover(
             run.search(SearchLimits(rounds, budget_usd, minutes), bar.step)
         with atomic_write(out / CONTEXT) as file:
             file.write(join_blocks([*SYSTEM, *USER], run.context()).encode())
-        finalist = run.choose_finalist(choosing=orders if compiled else None)
+        finalist = run.choose_finalist(final_shuffles(questions), choosing=orders if compiled else None)
     if store is not None:
         store_search(run, store, settings)
     _write_finalist(run, finalist, out, settings)

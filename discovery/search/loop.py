@@ -29,6 +29,10 @@ BASELINES: Final = (REFERENCE, "cmc", "short_m_at_k", "self_consistency", "asc")
 FINALISTS: Final = 5
 """Number of best candidates that are tried again in new branch orders, of which one is chosen."""
 FINAL_SHUFFLES: Final = 10
+MOST_FINAL_SHUFFLES: Final = 50
+"""Bounds of the branch orders in which the chosen candidate is measured."""
+FINAL_EPISODES: Final = 2_000
+"""Episodes at one β that these orders should make together."""
 FIRST_FINAL_SHUFFLE: Final = 1000
 """First branch order in which finalists are tried; no search uses orders this high."""
 FINAL_BETAS: Final = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
@@ -61,6 +65,11 @@ class Finalist:
     def afs(self) -> float:
         """AFS in new branch orders, without the latency charge."""
         return mean_afs(self.curves)
+
+
+def final_shuffles(questions: int) -> int:
+    """Return the branch orders in which the chosen candidate is measured: more if there are few questions."""
+    return min(MOST_FINAL_SHUFFLES, max(FINAL_SHUFFLES, FINAL_EPISODES // max(1, questions)))
 
 
 class SearchLoop:

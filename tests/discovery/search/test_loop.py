@@ -52,6 +52,7 @@ from discovery.search.loop import (
     SearchLoop,
     baselines,
     card,
+    final_shuffles,
     read_pairs,
     rounded_tokens,
 )
@@ -337,6 +338,10 @@ def test_candidates_dropped_after_a_few_questions_are_not_reported_as_failed(
 
 
 # The finalist
+
+
+def test_the_winner_is_measured_in_more_branch_orders_if_there_are_few_questions() -> None:
+    assert [final_shuffles(questions) for questions in (1, 40, 80, 120, 400)] == [50, 50, 25, 16, 10]
 
 
 def test_the_finalist_is_the_best_in_new_branch_orders_and_has_its_lineage(
