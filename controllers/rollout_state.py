@@ -209,6 +209,12 @@ class RolloutState:
         """Return to a model's previous champion that is not quarantined, finally the default's, and drop its canary."""
         own = self.own(model)
         if own.champion is None and own.canary is None:
+            if own.shadow is not None:
+                scope, option = ("", "") if model is None else (f"model {model} has ", f" --model {model}")
+                raise ValueError(
+                    f"{scope or 'there is '}neither a canary nor a champion to roll back, only a shadow; "
+                    f"`autotts rollback --shadow{option}` takes it away"
+                )
             if model is None:
                 raise ValueError(
                     "there is neither a canary nor a champion to roll back; the configured controller serves"
@@ -226,6 +232,13 @@ class RolloutState:
         if own.canary != digest:
             raise ValueError(f"{digest[:12]} is not the canary{'' if model is None else f' of model {model}'}")
         return self._with(model, own.without_canary())
+
+    def drop_shadow(self, digest: str, model: str | None = None) -> RolloutState:
+        """Drop a model's shadow, if it is this controller."""
+        own = self.own(model)
+        if own.shadow != digest:
+            raise ValueError(f"{digest[:12]} is not the shadow{'' if model is None else f' of model {model}'}")
+        return self._with(model, own.without(digest))
 
     def quarantine(self, digest: str) -> RolloutState:
         """Quarantine a failing controller: it leaves every stage of every model, and the default serves these models.

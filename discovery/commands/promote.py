@@ -88,18 +88,23 @@ def rollback(
     registry: RegistryPlace = None,
     model: ForModel = None,
     canary: Annotated[bool, typer.Option("--canary", help="drop the canary only; the champion stays")] = False,
+    shadow: Annotated[bool, typer.Option("--shadow", help="drop the shadow only; the champion stays")] = False,
     why: Why = "",
     who: Who = "unknown",
 ) -> None:
     """Restore the previous champion and drop the canary, of one model or of the default."""
+    if canary and shadow:
+        raise typer.BadParameter("--canary and --shadow: give one of them")
     opened = Registry(registry_place(registry))
     before = opened.read()
     by = ChangeCause(who, why, datetime.now(UTC), version=before.version)  # of two at the same time, only one is made
-    if canary:
-        tried = before.own(model).canary
+    own = before.own(model)
+    if canary or shadow:
+        stage = RolloutStage.CANARY if canary else RolloutStage.SHADOW
+        tried = own.stages[stage]
         if tried is None:
-            raise PromotionError(f"{opened.place}: there is no canary{_of(model)}")
-        after = opened.drop_canary(tried, by, model)
+            raise PromotionError(f"{opened.place}: there is no {stage}{_of(model)}{_set_elsewhere(before, stage)}")
+        after = (opened.drop_canary if canary else opened.drop_shadow)(tried, by, model)
     else:
         after = opened.roll_back(by, model)
     holder = after.own(model).champion
@@ -107,8 +112,9 @@ def rollback(
         champion = _name(opened, holder)
     else:
         champion = "the configured controller" if model is None else "the default's champion"
+    gone = RolloutStage.SHADOW if shadow else RolloutStage.CANARY
     wide_console().print(
-        f"{opened.place}: {champion} is the champion{_of(model)}; there is no canary", highlight=False, markup=False
+        f"{opened.place}: {champion} is the champion{_of(model)}; there is no {gone}", highlight=False, markup=False
     )
 
 
@@ -289,6 +295,13 @@ def _describe(
     if model is not None and model not in before.models:
         text += f"\n{model} is new in this registry; it is served only if GET /v1/models lists that name"
     return text
+
+
+def _set_elsewhere(state: RolloutState, stage: RolloutStage) -> str:
+    """Return a hint at the models that have a controller at this stage; empty if none has."""
+    models = [name for name in (None, *sorted(state.models)) if state.own(name).stages[stage] is not None]
+    named = ["the default" if name is None else f"--model {name}" for name in models]
+    return f"; there is one of {', '.join(named)}" if named else ""
 
 
 def _of(model: str | None) -> str:

@@ -171,6 +171,10 @@ class Registry:
         """Drop the canary of a model, if it is this controller; None: of the default. Raises PromotionError."""
         return self._change("drop canary", digest, lambda now: now.drop_canary(digest, model), by, model)
 
+    def drop_shadow(self, digest: str, by: ChangeCause, model: str | None = None) -> RolloutState:
+        """Drop the shadow of a model, if it is this controller; None: of the default. Raises PromotionError."""
+        return self._change("drop shadow", digest, lambda now: now.drop_shadow(digest, model), by, model)
+
     def quarantine(self, digest: str, by: ChangeCause) -> RolloutState:
         """Quarantine a failing controller, so that it decides for no model. Raises PromotionError."""
 

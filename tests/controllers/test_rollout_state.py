@@ -147,9 +147,18 @@ def test_the_stages_of_a_controller_are_listed_with_their_models() -> None:
         (lambda state: state.promote(D, CANARY, 0.5, model=""), "'' is not the name of a model"),
         (lambda state: state.drop_canary(B), "is not the canary$"),
         (lambda state: state.drop_canary(B, "small"), "is not the canary of model small"),
+        (lambda state: state.drop_shadow(A, "small"), "is not the shadow of model small"),
         (lambda state: state.quarantine(C), "quarantined already"),
         (lambda state: state.roll_back("large"), r"model large has neither .* \(models with their own: small\)"),
         (lambda _: RolloutState().roll_back(), "neither a canary nor a champion"),
+        (
+            lambda _: RolloutState().promote(B, SHADOW, 0).roll_back(),
+            "only a shadow; `autotts rollback --shadow` takes",
+        ),
+        (
+            lambda state: state.promote(B, SHADOW, 0, model="smal").roll_back("smal"),
+            "model smal has neither .*, only a shadow; `autotts rollback --shadow --model smal` takes",
+        ),
     ],
 )
 def test_an_impossible_move_is_refused_with_the_reason(

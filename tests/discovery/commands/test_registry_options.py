@@ -62,6 +62,31 @@ def test_the_registry_of_a_store_in_postgresql_is_used_unless_another_is_named(
     assert QUOTED_PASSWORD not in output
 
 
+def test_a_rollback_takes_the_shadow_of_a_misspelt_model_away_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = ("--registry", "installed")
+    opened = Registry(Path("installed"))
+    autotts("promote", "cmc", "--as", "champion", *place)
+    autotts("promote", "asc", "--as", "shadow", "--model", "smal", *place)
+    before = opened.read()
+    assert autotts("rollback", "--shadow", *place) == (
+        2,
+        "autotts: installed: there is no shadow; there is one of --model smal",
+    )
+    assert autotts("rollback", "--shadow", "--canary", "--model", "smal", *place)[0] == 2
+    assert opened.read() == before
+    status, output = autotts("rollback", "--shadow", "--model", "smal", *place)
+    assert (status, output) == (
+        0,
+        "installed: the default's champion is the champion of model smal; there is no shadow",
+    )
+    after = opened.read()
+    assert (after.default, after.models) == (before.default, {})
+    assert [line["action"] for line in opened.audit()][-1] == "drop shadow"
+
+
 @pytest.mark.process
 def test_a_database_that_cannot_be_reached_is_reported_in_one_line(postgres: PostgresServer) -> None:
     away = DatabaseUrl(postgres.url("none").text.replace(str(postgres.port), "1"))
