@@ -222,7 +222,8 @@ def _same(answer: str, recorded: str) -> bool:
 
 
 def _unknown(request: str) -> NotFound:
-    return NotFound(f"unknown request {request!r}", param="request_id", code="unknown_request")
+    message = f"unknown request {request!r}, or one of another API key, or one that was passed through"
+    return NotFound(message, param="request_id", code="unknown_request")
 
 
 def _episode(

@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ValidationError
 
+from discovery.data.safe_json import compact_json
 from discovery.errors import unknown_field
 from proxy.errors import BadRequest, clipped
 from proxy.requests import field_values, strict_json
@@ -24,6 +25,9 @@ _TTS_OBJECTS: Final[Mapping[str, type[BaseModel]]] = MappingProxyType({"tools": 
 _MISPLACED: Final = ("beta", "target_tokens", "max_total_tokens", "deadline_s", "min_agreement")
 """Options of `tts` that are refused beside it. No API has fields of these names, and unknown fields are dropped."""
 
+_OF_CLIENTS: Final = ("extra_body", "extra_headers")
+"""Arguments of OpenAI's SDK that requests without the SDK contain by mistake."""
+
 
 def parse_request(model: type[M], raw: bytes) -> M:
     """Return the request in a JSON body. Raises BadRequest."""
@@ -31,7 +35,14 @@ def parse_request(model: type[M], raw: bytes) -> M:
     request = _validate(model, body)
     for name in _MISPLACED:
         if name in body:
-            message = f'{name}: there is no such field; send it in the object tts, as in "tts": {{"beta": 0.5}}'
+            example = clipped(compact_json({name: body[name]}), _MAX_SHOWN)
+            message = f'{name}: there is no such field; send it in the object tts, as in "tts": {example}'
+            raise BadRequest(message, param=name)
+    for name in _OF_CLIENTS:
+        if name in body:
+            message = (
+                f"{name}: this is an argument of the OpenAI SDK, no field; send what is in it with the request itself"
+            )
             raise BadRequest(message, param=name)
     field_values.check(body)
     return request
