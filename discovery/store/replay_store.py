@@ -8,6 +8,7 @@ writers share one sync and no caller's cancellation can leave a transaction open
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, TypeVar
@@ -40,6 +41,8 @@ from discovery.store.usage.facts import Facts, facts_of
 from discovery.store.usage.sums import HOUR, add_usage, sum_usage
 from discovery.store.write_queue import WriteQueue
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 EXPIRED_AT_ONCE: Final = 2_000
@@ -63,7 +66,7 @@ class Store:
 
     @property
     def is_moved(self) -> bool:
-        """Whether the file has been renamed, removed or replaced since it was opened.
+        """Whether the file has been renamed, removed, replaced or overwritten since it was opened.
 
         When the context of such a store ends, its log is written into the file, wherever that is now. SQLite would
         leave the log behind for the next file of that name.
@@ -101,7 +104,13 @@ class Store:
             finally:
                 writes.close()
                 await asyncio.shield(task)
-                if store.is_moved:
+                if writing.is_overwritten:
+                    logger.error(
+                        "%s: the store was overwritten while it was in use, and what was written since is not in it; "
+                        "stop every program that uses it and restore the copy again",
+                        place,
+                    )
+                elif store.is_moved:
                     with suppress(StoreError):  # then the log stays, which prevents a new store of the same name
                         await writing.flush_log()
 

@@ -99,6 +99,8 @@ class StoreConnection:
         store = self.store
         if store is None or self._failed.is_set():
             return None
+        if self._fail_if_moved(store):
+            return None
         task = asyncio.create_task(store.add_all(items))
         either: set[asyncio.Future[Any]] = {task, self.closed}
         await asyncio.wait(either, timeout=TRANSACTION_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
@@ -114,10 +116,14 @@ class StoreConnection:
                 self._fail(str(error))
                 return None
             return await self._write_each(items, outcome, error)  # at least one item cannot be stored
-        if store.is_moved:
-            self._fail(f"{self._place}: the store has been moved or removed")
+        if self._fail_if_moved(store):
             return None
         return [DROPPED if id(item) in dropped else outcome for item in items]
+
+    def _fail_if_moved(self, store: Store) -> bool:
+        if store.is_moved:
+            self._fail(f"{self._place}: the store has been moved, removed or overwritten")
+        return store.is_moved
 
     async def _write_each(self, items: Sequence[StoreItem], outcome: str, error: Exception) -> list[str] | None:
         if len(items) == 1:

@@ -289,6 +289,23 @@ async def test_records_go_to_a_new_store_when_the_file_is_moved_away(tmp_path: P
     assert "before" in stored(aside)
 
 
+async def test_records_go_into_a_backup_that_was_copied_over_the_store(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, backup = tmp_path / "s.db", tmp_path / "backup.db"
+    async with recording(backup) as recorder:
+        await asyncio.gather(*putting(recorder, "kept"))
+    async with recording(path, spill=tmp_path / "spill") as recorder:
+        await asyncio.gather(*putting(recorder, "before"))
+        path.write_bytes(backup.read_bytes())
+        for end in ("-wal", "-shm"):
+            (tmp_path / f"s.db{end}").unlink()
+        assert all(await asyncio.gather(*putting(recorder, "after")))
+        await until(lambda: recorder.as_json()["store"] == "up" and stored(path) == {"kept", "after"})
+    assert stored(path) == {"kept", "after"}
+    assert "the store was overwritten while it was in use" in caplog.text
+
+
 async def test_a_file_that_is_not_a_store_is_left_unchanged_and_records_are_spilled(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     path.write_text("my diary")

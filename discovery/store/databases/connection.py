@@ -86,6 +86,11 @@ class DatabaseConnection(ABC):
     def is_current(self) -> bool:
         """Whether the place still holds the database that was opened."""
 
+    @property
+    def is_overwritten(self) -> bool:
+        """Whether a backup was copied over the open database, whose log is gone."""
+        return False
+
     @abstractmethod
     def is_same(self, other: DatabaseConnection) -> bool:
         """Return whether another connection to the same place has opened the same database."""

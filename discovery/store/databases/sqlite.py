@@ -13,7 +13,7 @@ import aiosqlite
 
 from discovery.errors import StoreError, UnstorableValue
 from discovery.store.databases.connection import PAGE, DatabaseConnection
-from discovery.store.databases.sqlite_file import Identity, identity_of, open_file, truncate_log
+from discovery.store.databases.sqlite_file import Identity, identity_of, is_overwritten, open_file, truncate_log
 from discovery.store.schema import MIGRATIONS
 
 logging.getLogger("aiosqlite").setLevel(logging.WARNING)  # at lower levels it logs every value of every row
@@ -95,6 +95,10 @@ class SqliteConnection(DatabaseConnection):
     @property
     def is_current(self) -> bool:
         return identity_of(self._path) == self._identity
+
+    @property
+    def is_overwritten(self) -> bool:
+        return is_overwritten(self._path, self._identity)
 
     def is_same(self, other: DatabaseConnection) -> bool:
         return isinstance(other, SqliteConnection) and self._identity == other._identity

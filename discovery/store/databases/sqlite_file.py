@@ -14,10 +14,10 @@ import sqlite3
 import stat
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 from threading import Thread
-from typing import Final
+from typing import Final, NamedTuple
 
 import aiosqlite
 
@@ -30,11 +30,33 @@ RETRY_S: Final = 0.01
 LOG, INDEX = "-wal", "-shm"
 """Suffixes of the files that SQLite keeps in the folder of a store."""
 
-Identity = tuple[int, int]
+FileNumber = tuple[int, int]
+"""Device and inode of a file; zeros if there is none."""
+
+
+class Identity(NamedTuple):
+    """Which files are a store."""
+
+    store: FileNumber
+    log: FileNumber
 
 
 def identity_of(path: Path) -> Identity:
-    """Return which file is at `path` now, as device and inode; zeros if there is none."""
+    """Return which files are the store at `path` now."""
+    return Identity(_number(path), _number(_log_of(path)))
+
+
+def is_overwritten(path: Path, identity: Identity) -> bool:
+    """Return whether the store's file is the same, but not its log: a backup was copied over it and the log removed."""
+    now = identity_of(path)
+    return now.store == identity.store and now.log != identity.log
+
+
+def _log_of(path: Path) -> Path:
+    return Path(f"{os.path.realpath(path)}{LOG}")
+
+
+def _number(path: Path) -> FileNumber:
     try:
         status = os.stat(path)
     except OSError:
@@ -46,20 +68,20 @@ def identity_of(path: Path) -> Identity:
 async def open_file(
     path: Path, wait_ms: int, *, create: bool = False, newest: int
 ) -> AsyncIterator[tuple[aiosqlite.Connection, Identity]]:
-    """Connect to the store at `path` and yield the connection and the file's identity; `create` makes a missing file.
+    """Connect to the store at `path` and yield the connection and the files' identity; `create` makes a missing file.
 
     Another process's transaction is waited for `wait_ms`. A file that is not a store, or one of a version above
     `newest`, is left unchanged. Raises StoreError.
     """
     await asyncio.to_thread(_prepare, path, create)
-    before = identity_of(path)
+    before, identity = _number(path), None
     try:
         opened = await _connected(aiosqlite.connect(_uri(path), uri=True, isolation_level=None))
     except sqlite3.Error as error:
         raise StoreError(f"{path}: {error}") from None
     opened.text_factory = _text
     try:
-        if identity_of(path) != before:
+        if _number(path) != before:
             raise StoreError(f"{path}: the store was replaced while it was being opened; try again")
         await _set(opened, f"busy_timeout = {wait_ms}")
         await _recognise(path, opened, create)
@@ -67,11 +89,30 @@ async def open_file(
         for setting in ("secure_delete = ON", "synchronous = FULL", "foreign_keys = ON"):
             await _set(opened, setting)
         await _write_ahead(opened, wait_ms)
-        yield opened, before
+        await opened.execute_fetchall("SELECT name FROM sqlite_master")  # opens the log
+        identity = identity_of(path)
+        yield opened, identity
     except sqlite3.DatabaseError as error:
         raise StoreError(f"{path}: {error}") from None
     finally:
-        await opened.close()
+        with _overwritten_store_kept(path, identity):
+            await opened.close()
+
+
+@contextmanager
+def _overwritten_store_kept(path: Path, identity: Identity | None) -> Iterator[None]:
+    """Keep SQLite from writing a removed log into a store that a copy has overwritten in place meanwhile.
+
+    The last connection that closes writes the log into the store's file, unless another one reads the file.
+    """
+    if identity is None or not is_overwritten(path, identity):
+        yield
+        return
+    with closing(sqlite3.connect(_uri(path), uri=True)) as reading:
+        with suppress(sqlite3.Error):
+            reading.execute("BEGIN")
+            reading.execute("SELECT name FROM sqlite_master").fetchall()
+        yield
 
 
 async def _connected(connection: aiosqlite.Connection) -> aiosqlite.Connection:

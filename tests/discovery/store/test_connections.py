@@ -289,6 +289,29 @@ async def test_replacing_an_open_store_by_a_backup_corrupts_neither(tmp_path: Pa
     assert stored(path) == {f"old {number}" for number in range(500)} | {"new"}
 
 
+async def test_copying_a_backup_over_an_open_store_damages_no_copy(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, backup = tmp_path / "s.db", tmp_path / "backup.db"
+    async with Store.open(backup, create=True) as store:
+        await store.add_all([episode(f"old {number}") for number in range(500)])
+    async with Store.open(path, create=True) as store:
+        await store.add_all([episode(f"gone {number}") for number in range(300)])
+        path.write_bytes(backup.read_bytes())  # like `cp`: the file stays the same
+        assert not store.is_moved
+        for end in ("-wal", "-shm"):
+            (tmp_path / f"s.db{end}").unlink()
+        assert store.is_moved
+        await store.add_all([episode("lost")])
+    assert "s.db: the store was overwritten while it was in use" in caplog.text
+    async with Store.open(path) as store:
+        await store.add_all([episode("new")])
+        assert (await store.verify()).bad == []
+    assert stored(path) == {f"old {number}" for number in range(500)} | {"new"}
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
 async def test_no_store_is_created_beside_the_log_of_a_moved_one(tmp_path: Path) -> None:
     path, aside = tmp_path / "s.db", tmp_path / "aside.db"
     async with Store.open(path, create=True) as store:
