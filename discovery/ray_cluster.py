@@ -58,7 +58,7 @@ def ray_connection(address: str | None, workers: int) -> Iterator[int]:
     try:
         import ray
     except ImportError:
-        raise EngineError("--engine ray needs Ray: pip install 'autotts-proxy[ray]'") from None
+        raise EngineError("--engine ray needs Ray: pip install '.[ray]' in a checkout") from None
     with ExitStack() as stack:
         if not ray.is_initialized():
             options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}

@@ -18,6 +18,7 @@ from discovery.answers.kinds import ExtractionMethod
 from discovery.search.explorers.catalogue import ExplorerName
 from proxy.api.routes import ROUTES
 from proxy.cli import app
+from proxy.episode.plan import CONTEXT_EXCEEDED
 from proxy.requests.generation_request import TtsOptions
 from proxy.settings import EMBEDDED, SERVED, Settings
 from tests.docs.generated import COMMAND, TABLES, in_page, main, registered, series_name, with_table
@@ -206,7 +207,7 @@ def _branches(value: ast.expr) -> list[ast.expr]:
 
 
 def test_the_api_page_lists_exactly_the_error_codes_of_the_proxy() -> None:
-    codes = error_codes()
+    codes = error_codes() | {CONTEXT_EXCEEDED}
     assert "bad_beta" in codes
     errors = text("docs/api.md").partition("\n## Errors\n")[2].partition("\n## ")[0]
     listed = {

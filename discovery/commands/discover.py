@@ -217,9 +217,12 @@ def choose_runner(explorer: ExplorerName, tune: bool, kernel: bool | None) -> bo
         return False
     available = is_available()
     if kernel and not available:
-        raise ExplorerError("--kernel needs numba: pip install 'autotts-proxy[search]'")
+        raise ExplorerError("--kernel needs numba: pip install '.[search]' in a checkout")
     if not available:
-        log.warning("candidates are played by the Python runner; pip install 'autotts-proxy[search]' is much faster")
+        log.warning(
+            "candidates are played by the Python runner; the extra `search` is much faster: "
+            "pip install '.[search]' in a checkout"
+        )
     return available
 
 

@@ -82,8 +82,17 @@ class Authenticator:
             logger.warning("the server's limit %s %s", limit, api_keys.too_small_warning(needed))
         self._processes = 1 if settings.limits else settings.workers  # over which the limits of a key are divided
         self._admin_key = settings.admin_key
+        self._refuse_shared_admin_key()
         secret = settings.cache_secret
         self._secret = secrets.token_bytes(32) if secret is None else secret.get_secret_value().encode()
+
+    def _refuse_shared_admin_key(self) -> None:
+        """Raise SettingsError if a client has the admin's key: it would be an admin."""
+        if self._admin_key is None or self.keyring is None:
+            return
+        key = self.keyring.find(self._admin_key.get_secret_value())
+        if key is not None and not key.is_admin:
+            raise SettingsError(f"admin_key: the same key as that of the client {key.name}; give each its own")
 
     def identify(self, request: Request) -> Caller:
         """Return the sender of `request`. If no keys are configured, each bearer token is its own tenant.

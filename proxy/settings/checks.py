@@ -11,6 +11,7 @@ from controllers.errors import ControllersError
 from controllers.loading import parse_spec
 from controllers.rollout_state import name_problem
 from discovery.data.atomic_files import DATABASE_FILES
+from discovery.store.databases.places import DatabaseUrl
 from proxy.errors import SettingsError
 from proxy.settings.model import Settings
 from proxy.settings.upstreams import parse_upstreams
@@ -22,7 +23,7 @@ REPLY_CONTROLLERS: Final = ("tools_controller", "json_controller", "select_contr
 
 def check_all(settings: Settings) -> None:
     """Run every check. Raises SettingsError, which begins with the name of the setting."""
-    for check in (check_controller, check_upstream, check_limits, check_files, check_spill_file):
+    for check in (check_controller, check_upstream, check_extras, check_files, check_spill_file):
         check(settings)
 
 
@@ -51,10 +52,13 @@ def check_upstream(settings: Settings) -> None:
         )
 
 
-def check_limits(settings: Settings) -> None:
-    """Raise SettingsError if shared limits are set and their client is not installed."""
+def check_extras(settings: Settings) -> None:
+    """Raise SettingsError if shared limits or a database are set and their client is not installed."""
     if settings.limits and find_spec("redis") is None:
-        raise SettingsError("limits: the package redis is not installed; pip install 'autotts-proxy[redis]'")
+        raise SettingsError("limits: the package redis is not installed; pip install '.[redis]' in a checkout")
+
+    if isinstance(settings.store, DatabaseUrl) and find_spec("asyncpg") is None:
+        raise SettingsError("store: the package asyncpg is not installed; pip install '.[postgres]' in a checkout")
 
 
 def check_files(settings: Settings) -> None:

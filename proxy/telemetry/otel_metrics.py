@@ -125,7 +125,7 @@ def with_metrics(tracer: NoopTracer) -> NoopTracer:
         from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
         from opentelemetry.sdk.resources import Resource
     except ImportError as error:
-        logger.warning("metrics are not exported: %s is missing; run pip install 'autotts-proxy[otel]'", error.name)
+        logger.warning("metrics are not exported: %s is missing; run pip install '.[otel]' in a checkout", error.name)
         return tracer
     resource = Resource.create({"service.name": service_name()})
     reader = PeriodicExportingMetricReader(OTLPMetricExporter())

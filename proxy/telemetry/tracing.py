@@ -291,7 +291,7 @@ def create_tracer() -> NoopTracer:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        logger.warning("tracing is off: %s is not installed; run pip install 'autotts-proxy[otel]'", error.name)
+        logger.warning("tracing is off: %s is not installed; run pip install '.[otel]' in a checkout", error.name)
         return NoopTracer()
     resource = Resource.create({"service.name": service_name()})
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)

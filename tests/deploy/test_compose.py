@@ -22,7 +22,7 @@ FILE: Final = ROOT / "deploy/compose.yaml"
 SCHEMA: Final = Path(__file__).parent / "schemas/compose-spec.json"
 """Schema of the Compose Specification, as check-jsonschema 0.39 has it. LICENSE.compose-spec is its licence."""
 COMPOSE: Final = shutil.which("docker-compose")
-PROFILES: Final = ("cpu", "gpu")
+PROFILES: Final = ("cpu", "gpu", "remote")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,7 @@ def test_each_profile_has_one_proxy_with_its_store_its_limits_and_monitoring(com
     beside = {"postgres", "redis", "prometheus", "grafana"}
     assert set(services(compose, "cpu")) == {"proxy-cpu", *beside}
     assert set(services(compose, "gpu")) == {"proxy-gpu", "vllm", *beside}
+    assert set(services(compose, "remote")) == {"proxy-remote", *beside}
     for profile in PROFILES:
         proxies = [service for name, service in services(compose, profile).items() if name.startswith("proxy")]
         (proxy,) = proxies
@@ -80,6 +81,7 @@ def test_services_wait_for_those_they_need(compose: dict[str, Any]) -> None:
     assert needed == {
         "proxy-cpu": ["postgres", "redis"],
         "proxy-gpu": ["postgres", "redis", "vllm"],
+        "proxy-remote": ["postgres", "redis"],
         "vllm": [],
         "postgres": [],
         "redis": [],
@@ -92,7 +94,7 @@ def test_services_wait_for_those_they_need(compose: dict[str, Any]) -> None:
 
 
 def test_the_proxies_are_the_images_of_the_dockerfile(compose: dict[str, Any]) -> None:
-    for name in ("proxy-cpu", "proxy-gpu"):
+    for name in ("proxy-cpu", "proxy-gpu", "proxy-remote"):
         service = compose["services"][name]
         target = service["build"]["target"]
         assert target in TARGETS
@@ -108,14 +110,14 @@ def test_the_proxies_are_the_images_of_the_dockerfile(compose: dict[str, Any]) -
 def test_the_settings_exist_and_the_container_outlives_a_shutdown(
     compose: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("proxy-cpu", "proxy-gpu"):
+    for name in ("proxy-cpu", "proxy-gpu", "proxy-remote"):
         service = compose["services"][name]
         known = {f"AUTOTTS_{field.upper()}" for field in Settings.model_fields} | {"AUTOTTS_CONFIG"}
         variables = {**image(service["build"]["target"]).env, **service["environment"]}
         given = {variable: value for variable, value in variables.items() if variable.startswith("AUTOTTS_")}
         assert given.keys() <= known
         for variable, value in given.items():
-            monkeypatch.setenv(variable, value)
+            monkeypatch.setenv(variable, value.replace("${UPSTREAM:-}", "http://gpu-machine:8000"))
         settings = load()
         assert int(service["stop_grace_period"].removesuffix("s")) > settings.drain_s
         assert service["ports"] == [f"127.0.0.1:{settings.port}:{settings.port}"]

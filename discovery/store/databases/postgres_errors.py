@@ -7,9 +7,7 @@ from typing import Any, Final
 from discovery.errors import StoreError, UnstorableValue
 from discovery.store.databases.places import DatabaseUrl
 
-_MISSING_DRIVER: Final = (
-    "a store in PostgreSQL needs the extra `postgres`; install it with `pip install 'autotts-proxy[postgres]'`"
-)
+_MISSING_DRIVER: Final = "a store in PostgreSQL needs the extra `postgres`; `pip install '.[postgres]'` in a checkout"
 _LOST: Final = ("08", "57P")
 """Beginnings of codes of errors that end a connection."""
 _VALUES: Final = ("22", "23", "54")

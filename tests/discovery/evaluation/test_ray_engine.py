@@ -260,5 +260,5 @@ def test_a_temporary_folder_that_is_too_long_is_replaced_by_the_one_that_ray_cho
 
 def test_ray_that_is_not_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(EngineError, match=re.escape("--engine ray needs Ray: pip install 'autotts-proxy[ray]'")):
+    with pytest.raises(EngineError, match=re.escape("--engine ray needs Ray: pip install '.[ray]' in a checkout")):
         evaluated(parse_spec("cmc"), address="127.0.0.1:1", rules=ReplayRules(16))

@@ -310,6 +310,15 @@ def test_a_key_file_that_becomes_invalid_keeps_the_previous_keys_and_logs_one_er
     assert ring.find("carols") is not None
 
 
+def test_an_admin_key_that_a_client_has_is_refused_at_start(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(f'bob = {{ sha256 = "{api_keys.hash_key("sesame")}" }}\n')
+    with pytest.raises(SettingsError, match="admin_key: the same key as that of the client bob; give each its own"):
+        Authenticator(load(keys=path, admin_key="sesame"))
+    path.write_text(f'root = {{ sha256 = "{api_keys.hash_key("sesame")}", admin = true }}\n')
+    Authenticator(load(keys=path, admin_key="sesame"))
+
+
 def test_a_key_file_without_keys_is_refused_at_start(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     path.write_text("# none yet\n")

@@ -12,6 +12,7 @@ from zlib import crc32
 
 import pytest
 
+from discovery.store.databases.places import parse_place
 from proxy.commands.config import check, gather
 from proxy.errors import SettingsError
 from proxy.settings import SERVED, configure, find_file, is_secret, load
@@ -165,6 +166,16 @@ def test_a_store_without_a_folder_is_refused_unless_the_spill_file_has_one(tmp_p
         with pytest.raises(SettingsError, match=rf"store: {store}: there is no folder .*; create it, or set"):
             load(**UP, store=store, spill=spill)
     assert load(**UP, store=store, spill=tmp_path / "spill").store == store  # its folder may be mounted later
+
+
+def test_clients_of_other_servers_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.settings.checks.find_spec", lambda name: None)
+    with pytest.raises(
+        SettingsError, match=r"store: the package asyncpg is not installed; pip install '\.\[postgres\]'"
+    ):
+        load(**UP, store=parse_place("postgresql://me@host/db"))
+    with pytest.raises(SettingsError, match=r"limits: the package redis is not installed; pip install '\.\[redis\]'"):
+        load(**UP, limits="redis://host")
 
 
 def test_settings_without_an_upstream_need_a_machine_that_can_serve_the_embedded_model(

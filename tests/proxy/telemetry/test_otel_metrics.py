@@ -152,4 +152,4 @@ def test_metrics_without_the_otel_extra_log_how_to_install_it(
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.metric_exporter", None)
     spans = tracing.NoopTracer()
     assert otel_metrics.with_metrics(spans) is spans
-    assert "pip install 'autotts-proxy[otel]'" in caplog.text
+    assert "pip install '.[otel]' in a checkout" in caplog.text

@@ -306,4 +306,4 @@ def test_tracing_without_the_otel_extra_logs_how_to_install_it(
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     assert type(tracing.create_tracer()) is tracing.NoopTracer
-    assert "pip install 'autotts-proxy[otel]'" in caplog.text
+    assert "pip install '.[otel]' in a checkout" in caplog.text
