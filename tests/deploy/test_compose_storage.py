@@ -24,7 +24,7 @@ from tests.redis_server import LIBRARIES, MISSING, PATIENCE_S, PROGRAM
 
 SCRIPTS: Final = FILE.parent / "compose"
 PASSWORDS: Final = {"postgres_password": "of-postgres_1", "redis_password": "of-redis-2"}
-PROXIES: Final = ("proxy-cpu", "proxy-gpu")
+PROXIES: Final = ("proxy-cpu", "proxy-gpu", "proxy-remote")
 
 
 @pytest.fixture(scope="module")
