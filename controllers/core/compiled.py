@@ -23,6 +23,7 @@ MODULES: Final = (
     "controllers.core.action_types",
     "controllers.core.branch_facts",
     "controllers.state",
+    "controllers.sandbox.frames",
     "discovery.evaluation.replay",
 )
 """Modules that are compiled."""

@@ -11,7 +11,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from controllers.actions import Action
 from controllers.episode import RemoteController
-from controllers.errors import BoundaryViolation, ControllerError
+from controllers.errors import BoundaryViolation
 from controllers.limits import Limits
 from controllers.sandbox import frames
 from controllers.sandbox.handle import Decision, SandboxHandle
@@ -23,50 +23,23 @@ EPISODES_PER_PROCESS: Final = 64
 """Maximum number of episodes that share a process and its messages."""
 
 
-class _EpisodeEncoder:
-    """Encodes the turns of one episode for its process, and checks its decisions."""
-
-    def __init__(self, number: int, beta: float, codes: frames.FactCodes) -> None:
-        self._number = number
-        self._beta = beta
-        self._codes = codes
-        self._rounds = 0  # rounds that the process knows
-        self._asked: Sequence[Action] = ()
-
-    def turn(self, state: State) -> list[int]:
-        """Return the turn that precedes a decision on `state`."""
-        if state.last is None:
-            return frames.encode_begin(self._number, self._beta, state.limits)
-        self._rounds += 1
-        if state.rounds != self._rounds:
-            raise ControllerError("a sandboxed controller must see every round of its episode")
-        return frames.encode_turn(self._number, self._asked, state.last, self._codes)
-
-    def take(self, decision: Decision) -> Sequence[Action]:
-        """Return the actions of a decision. Raises ControllerError if it is a complaint."""
-        if isinstance(decision, str):
-            raise ControllerError(frames.printable(decision))
-        self._asked = decision
-        return decision
-
-
 class SandboxedController:
     """A controller with a process of its own, which has loaded it. `close` ends the process."""
 
     def __init__(self, handle: SandboxHandle, beta: float) -> None:
         self.handle = handle
-        self._encoder = _EpisodeEncoder(0, beta, handle.codes)
+        self._turns = frames.EpisodeTurns(0, beta, handle.codes)
 
     def decide(self, state: State) -> Sequence[Action]:
         """Decide like `Controller.decide`, blocking. Raises ControllerError, BoundaryViolation or MachineDisturbed."""
-        (decision,) = self.handle.decide([self._encoder.turn(state)], frames.most_actions(state.limits))
-        return self._encoder.take(decision)
+        (decision,) = self.handle.decide([self._turns.turn(state)], frames.most_actions(state.limits))
+        return self._turns.take(decision)
 
     async def decide_later(self, state: State) -> Sequence[Action]:
         """Decide like `decide`, without blocking the event loop."""
-        turns = [self._encoder.turn(state)]
+        turns = [self._turns.turn(state)]
         (decision,) = await self.handle.decide_later(turns, frames.most_actions(state.limits))
-        return self._encoder.take(decision)
+        return self._turns.take(decision)
 
     def close(self) -> None:
         """Kill the process."""
@@ -77,11 +50,12 @@ class _SuspendingController:
     """Controller of one of many episodes in a process. Deciding suspends its episode until all episodes wait."""
 
     def __init__(self, number: int, beta: float, codes: frames.FactCodes) -> None:
-        self._encoder = _EpisodeEncoder(number, beta, codes)
+        self._turns = frames.EpisodeTurns(number, beta, codes)
 
     @types.coroutine
     def decide_later(self, state: State) -> Generator[list[int], Decision, Sequence[Action]]:
-        return self._encoder.take((yield self._encoder.turn(state)))
+        turns = self._turns
+        return turns.take((yield turns.turn(state)))
 
 
 Episode = Callable[[RemoteController], Coroutine[Any, Any, T]]
@@ -157,7 +131,8 @@ class _EpisodeBatch(Generic[T]):
             number, episode = new
             place = self._free.pop()
             running = episode(_SuspendingController(place, self._beta, self._handle.codes))
-            self._continue(_SuspendedEpisode(number, place, running), running.send, None)
+            suspended = _SuspendedEpisode(number, place, running)
+            self._continue(suspended, suspended.step, None)
         if self.waiting:
             try:
                 self._handle.begin([waiting.turn for waiting in self.waiting], self._most)
@@ -174,8 +149,14 @@ class _EpisodeBatch(Generic[T]):
             except BoundaryViolation as error:
                 self._violation = error
         if self._violation is None:
+            waiting = self.waiting
             for running, decision in zip(suspended, decisions, strict=True):
-                self._continue(running, running.episode.send, decision)
+                try:
+                    running.turn = running.step(decision)
+                except StopIteration as done:
+                    self._finish(running, done.value)
+                else:
+                    waiting.append(running)
         else:
             for running in suspended:
                 self._continue(running, running.episode.throw, self._violation)
@@ -185,10 +166,13 @@ class _EpisodeBatch(Generic[T]):
         try:
             running.turn = step(argument)
         except StopIteration as done:
-            self._results[running.number] = done.value
-            self._free.append(running.place)
+            self._finish(running, done.value)
         else:
             self.waiting.append(running)
+
+    def _finish(self, running: _SuspendedEpisode[T], result: T) -> None:
+        self._results[running.number] = result
+        self._free.append(running.place)
 
     def close(self) -> None:
         """Close the episodes that still run."""
@@ -199,10 +183,11 @@ class _EpisodeBatch(Generic[T]):
 class _SuspendedEpisode(Generic[T]):
     """An episode that waits for a decision."""
 
-    __slots__ = ("episode", "number", "place", "turn")
+    __slots__ = ("episode", "number", "place", "step", "turn")
 
     def __init__(self, number: int, place: int, episode: Coroutine[Any, Any, T]) -> None:
         self.number = number  # of the episode
         self.place = place
         self.episode = episode
+        self.step: Callable[[Any], list[int]] = episode.send
         self.turn: list[int]  # waits for its decision

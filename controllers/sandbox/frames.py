@@ -11,12 +11,15 @@
     decision = {action} | -1, complaint               a complaint is an error message, as text
     {x}      = the number of items, then each item
     action   = one number: verb, branch, and intervals or label
-    fact     = five numbers, the last its signals; it is sent once, and its code is the number of facts sent before it
+    fact     = five numbers, the last its signals; its code is the number of facts sent before it. Those that recur are
+               sent once
     block, input, outcome = text
     text     = {code point}
 
 `number` counts the frames, so that a reply to another request is detected. An owner trusts no reply:
 `decode_decision` builds well-formed actions or raises, and the owner's state checks whether they are legal.
+
+This module can be compiled (`controllers/core/compiled.py`).
 """
 
 from __future__ import annotations
@@ -24,13 +27,13 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, cast
 
 from controllers.actions import ANSWER, BRANCH, PROBE, PRUNE, Action, Advanced, Fact, Probed, Verb
-from controllers.errors import ControllersError
+from controllers.errors import ControllerError, ControllersError
 from controllers.limits import Limits
 from controllers.signals import pack_signals, unpack_signals
-from controllers.state import Round
+from controllers.state import Round, State
 
 MAX_FRAME_BYTES: Final = 1 << 20
 """Most bytes of a frame."""
@@ -47,17 +50,26 @@ NONE: Final = -1
 MAX_CACHED_ACTIONS: Final = 1 << 16
 """Most actions that are cached, in each direction."""
 
-_ACT, _AT = 3, 24  # bits below an action's branch, and below its intervals or label
-_MOST_BRANCH, _MOST_VALUE = 1 << (_AT - _ACT), 1 << 38
-_PROBED = -1  # in place of the intervals of a fact that has none
-_RUNNING = -2  # in place of a label, of a branch that has not finished
-_FACT = 5  # numbers of a fact
+_ACT: Final = 3
+"""Bits below an action's branch."""
+_AT: Final = 24
+"""Bits below an action's intervals or label."""
+_MOST_BRANCH: Final = 1 << 21
+_MOST_VALUE: Final = 1 << 38
+_PROBED: Final = -1
+"""In place of the intervals of a fact that has none."""
+_RUNNING: Final = -2
+"""In place of a label, of a branch that has not finished."""
+_FACT: Final = 5
+"""Numbers of a fact."""
 NUMBERS_PER_NEW_FACT: Final = _FACT + 2
 """Numbers of a fact that is sent for the first time: itself, its code, and its action if the round was shortened."""
 
-_actions: dict[int, Action] = {}
-_numbers: dict[int, int] = {}  # by an action's id
-_kept: list[Action] = []  # keeps those actions alive, so that their ids are not reused
+_actions: Final[dict[int, Action]] = {}
+_numbers: Final[dict[int, int]] = {}
+"""Numbers of actions, by an action's id."""
+_kept: Final[list[Action]] = []
+"""Keeps those actions alive, so that their ids are not reused."""
 
 
 class BadFrame(Exception):
@@ -98,32 +110,39 @@ def encode_begin(seat: int, beta: float, limits: Limits) -> list[int]:
     return [seat, BEGIN, bits, *(NONE if bound is None else bound for bound in bounds), *flags]
 
 
-class _Numbering(dict[int, int]):
-    """Numbers keys from 0, in the order in which they are first looked up."""
-
-    def __missing__(self, key: int) -> int:
-        number = self[key] = len(self)
-        return number
-
-
 class FactCodes:
-    """Codes of the facts sent to a process, by identity: most facts are interned and recur."""
+    """Codes of the facts sent to a process, by identity: most facts are interned and recur.
+
+    The end of a branch is a fact of its own, which does not recur. It is forgotten once it has been sent.
+    """
 
     def __init__(self) -> None:
-        self._codes = _Numbering()
-        self._sent: list[Fact] = []  # keeps them alive, so that their ids are not reused
+        self._codes: dict[int, int] = {}
+        self._kept: list[Fact] = []  # keeps those facts alive, so that their ids are not reused
+        self._sent = 0
         self._new: list[int] = []
 
     def codes_of(self, facts: Sequence[Fact]) -> list[int]:
         """Return the codes of `facts`. New facts are sent with the next frame."""
-        codes = list(map(self._codes.__getitem__, map(id, facts)))
-        if len(self._codes) > len(self._sent):
-            sent = self._sent
-            for code, fact in zip(codes, facts, strict=True):
-                if code == len(sent):  # codes of new facts are in the order of the facts
-                    sent.append(fact)
-                    self._encode(fact)
-        return codes
+        codes = list(map(self._codes.get, map(id, facts)))
+        if None in codes:
+            for at, fact in enumerate(facts):
+                if codes[at] is None:
+                    codes[at] = self._send(fact)
+        return cast(list[int], codes)
+
+    def _send(self, fact: Fact) -> int:
+        """Return the code of a fact that may be new."""
+        key = id(fact)
+        code = self._codes.get(key, -1)  # a round may have it twice
+        if code < 0:
+            code = self._sent
+            self._sent += 1
+            self._encode(fact)
+            if not (isinstance(fact, Advanced) and fact.finished):
+                self._codes[key] = code
+                self._kept.append(fact)
+        return code
 
     def new_facts(self) -> list[int]:
         """Return the facts that the process must get before their codes, as {fact}."""
@@ -140,11 +159,12 @@ class FactCodes:
             self._new += (fact.branch, _PROBED, label, fact.tokens, pack_signals(fact.confidence, None))
 
 
-def decode_facts(numbers: Sequence[int], at: int, facts: list[Fact]) -> int:
+def decode_facts(numbers: list[int], at: int, facts: list[Fact]) -> int:
     """Append the {fact} at `at` to `facts`; return the position after it."""
     end = at + 1 + _FACT * numbers[at]
     for first in range(at + 1, end, _FACT):
-        branch, intervals, code, tokens, signals = numbers[first : first + _FACT]
+        branch, intervals, code = numbers[first], numbers[first + 1], numbers[first + 2]
+        tokens, signals = numbers[first + 3], numbers[first + 4]
         label = None if code < 0 else code
         if not signals and intervals != _PROBED:  # the most frequent: facts that recur are sent once
             facts.append(Advanced(branch, intervals, tokens, code != _RUNNING, label))
@@ -159,10 +179,41 @@ def decode_facts(numbers: Sequence[int], at: int, facts: list[Fact]) -> int:
 
 def encode_turn(seat: int, decided: Sequence[Action], last: Round, codes: FactCodes) -> list[int]:
     """Encode a later turn. `last` has the actions that were carried out, of those `decided`, and their facts."""
-    actions, facts = last
+    actions, facts = last.actions, last.facts
     if actions is decided or list(actions) == list(decided):
-        return [seat, FACTS, len(facts), *codes.codes_of(facts)]
-    return [seat, ROUND, len(actions), *map(encode_action, actions), len(facts), *codes.codes_of(facts)]
+        numbers = [seat, FACTS, len(facts)]
+    else:
+        numbers = [seat, ROUND, len(actions), *map(encode_action, actions), len(facts)]
+    numbers += codes.codes_of(facts)
+    return numbers
+
+
+class EpisodeTurns:
+    """Encodes the turns of one episode for its process, and checks its decisions."""
+
+    def __init__(self, seat: int, beta: float, codes: FactCodes) -> None:
+        self._seat = seat
+        self._beta = beta
+        self._codes = codes
+        self._rounds = 0  # rounds that the process knows
+        self._asked: Sequence[Action] = ()
+
+    def turn(self, state: State) -> list[int]:
+        """Return the turn that precedes a decision on `state`."""
+        last = state.last
+        if last is None:
+            return encode_begin(self._seat, self._beta, state.limits)
+        self._rounds += 1
+        if state.rounds != self._rounds:
+            raise ControllerError("a sandboxed controller must see every round of its episode")
+        return encode_turn(self._seat, self._asked, last, self._codes)
+
+    def take(self, decision: list[Action] | str) -> Sequence[Action]:
+        """Return the actions of a decision. Raises ControllerError if it is a complaint."""
+        if isinstance(decision, str):
+            raise ControllerError(printable(decision))
+        self._asked = decision
+        return decision
 
 
 def decode_begin(numbers: Sequence[int], at: int) -> tuple[float, Limits, int]:
@@ -174,14 +225,14 @@ def decode_begin(numbers: Sequence[int], at: int) -> tuple[float, Limits, int]:
 
 
 def decode_turn(
-    numbers: Sequence[int], at: int, decided: Sequence[Action], known: Sequence[Fact]
+    numbers: list[int], at: int, decided: Sequence[Action], known: list[Fact]
 ) -> tuple[Sequence[Action], list[Fact], int]:
     """Return the actions and facts of the later turn at `at`, and the position of the next turn."""
     if numbers[at + 1] == ROUND:
         end = at + 3 + numbers[at + 2]
         decided, at = [decode_action(number) for number in numbers[at + 3 : end]], end - 2
     end = at + 3 + numbers[at + 2]
-    return decided, list(map(known.__getitem__, numbers[at + 3 : end])), end
+    return decided, [known[code] for code in numbers[at + 3 : end]], end
 
 
 # Decisions, from the process
@@ -236,7 +287,7 @@ def _decode(number: int) -> Action:
         raise BadFrame(f"{number} does not encode an action") from None
 
 
-def decode_decision(numbers: Sequence[int], at: int, most: int) -> tuple[list[Action] | str, int]:
+def decode_decision(numbers: list[int], at: int, most: int) -> tuple[list[Action] | str, int]:
     """Return the decision at `at` and the position of the next one. A complaint is returned as a string.
 
     Raises BadFrame, also for more than `most` actions.
@@ -255,7 +306,7 @@ def decode_decision(numbers: Sequence[int], at: int, most: int) -> tuple[list[Ac
     return [decode_action(number) for number in numbers[at + 1 : end]], end
 
 
-def decode_decisions(numbers: Sequence[int], at: int, count: int, most: int) -> tuple[list[list[Action] | str], int]:
+def decode_decisions(numbers: list[int], at: int, count: int, most: int) -> tuple[list[list[Action] | str], int]:
     """Return `count` decisions that begin at `at`, and the position after them. Raises like `decode_decision`."""
     known, total = _actions.__getitem__, len(numbers)
     decisions: list[list[Action] | str] = []
@@ -307,6 +358,20 @@ def decode_texts(numbers: Sequence[int], at: int, most: int, longest: int) -> tu
         text, at = decode_text(numbers, at, longest)
         texts.append(text)
     return texts, at
+
+
+def decode_complaint(reply: Sequence[int]) -> str:
+    """Return the complaint about a file to load; empty if there is none. Raises BadFrame."""
+    return decode_text(reply, 1, MAX_COMPLAINT_CHARS)[0]
+
+
+def decode_outcomes(reply: Sequence[int], count: int, longest: int) -> tuple[str, list[str]]:
+    """Return what is wrong with a function, and its `count` outcomes if nothing is. Raises BadFrame."""
+    problem, at = decode_text(reply, 1, MAX_COMPLAINT_CHARS)
+    outcomes, _ = decode_texts(reply, at, count, longest)
+    if not problem and len(outcomes) != count:
+        raise BadFrame(f"{len(outcomes)} outcomes of {count} calls")
+    return problem, [printable(outcome) for outcome in outcomes]
 
 
 def printable(text: str) -> str:

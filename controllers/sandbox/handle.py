@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import chain
 from typing import Any, Final, Generic, TypeVar
 
 from controllers.actions import Action
@@ -36,11 +35,15 @@ IDLE_S: Final = 0.005
 """A killed process that used less processor time than this had not begun to decide."""
 EXIT_S: Final = 1.0
 """Seconds to wait for the end of a killed process before its status is read."""
+RECEIVED_BYTES: Final = 1 << 16
+"""Most bytes that are received at once. Most replies are shorter."""
+_ASKED: Final = 0
+"""Yielded by an exchange once its request is sent, before it first tries to read the reply."""
 
 Decision = list[Action] | str
 """The actions of a decision, or the complaint of the process as text."""
 Exchange = Generator[int, None, T]
-"""Generator that yields the `select.poll` event it waits for, and returns the reply."""
+"""Generator that yields the `select.poll` event it waits for, or `_ASKED`, and returns the reply."""
 
 
 class _Late(Exception):
@@ -82,10 +85,13 @@ class SandboxHandle:
         self._reap = reap
         self._lock = threading.Lock()  # one thread may kill the process while another closes it
         self._handle = os.pidfd_open(process)
+        self._exit = select.poll()  # waits for the end of the process
+        self._exit.register(self._handle, select.POLLIN)
         self._meter = ProcessUsageReader(process)
         self._channel = channel
         self._sealed = False  # the process has confirmed that it is sealed
         self._number = 0  # of the latest frame
+        self._received = bytearray()  # of the next frame
         self._ended: BoundaryViolation | MachineDisturbed | None = None  # why it can no longer decide
         self._idle_s: float | None = None  # processor time at the latest answer; None while it decides
         self._loading: _Pending[str]  # started by `begin_load`
@@ -110,10 +116,8 @@ class SandboxHandle:
         about = [*frames.encode_text(spec.name), *frames.encode_text(spec.source or "")]
         deadline = Deadline(self._meter, Clock.CPU, LOAD_S)
         try:
-            self._loading = self._question(frames.LOAD, about, deadline, _complaint)
-            self._continue(self._loading, until=select.POLLIN)
-            if not self._sealed:  # it waited for the seal, and now waits for the answer
-                self._continue(self._loading, until=select.POLLIN)
+            self._loading = self._question(frames.LOAD, about, deadline, frames.decode_complaint)
+            self._continue(self._loading, until_asked=True)
         except BaseException:  # also if it was killed before it was asked
             self.close()
             raise
@@ -135,7 +139,7 @@ class SandboxHandle:
         """
         about = [*frames.encode_text(name), *frames.encode_texts(blocks), *frames.encode_texts(inputs)]
         deadline = Deadline(self._meter, self.clock, self.hard_s)
-        parse = partial(_outcomes, count=len(inputs))
+        parse = partial(frames.decode_outcomes, count=len(inputs), longest=2 * MAX_TEXT)
         problem, outcomes = self._wait(self._question(frames.CALL, about, deadline, parse))
         if problem:
             raise BadController(frames.printable(problem))
@@ -152,7 +156,7 @@ class SandboxHandle:
     def begin(self, turns: Sequence[Sequence[int]], most: int) -> None:
         """Start decisions on `turns`; `finish` returns them. Raises BoundaryViolation or MachineDisturbed."""
         self._pending = self._decision_question(turns, most)
-        self._continue(self._pending, until=select.POLLIN)
+        self._continue(self._pending, until_asked=True)
 
     def finish(self) -> list[Decision]:
         """Return the decisions that the latest `begin` started. Raises BoundaryViolation or MachineDisturbed."""
@@ -195,7 +199,9 @@ class SandboxHandle:
 
     def _decision_question(self, turns: Sequence[Sequence[int]], most: int) -> _Pending[list[Decision]]:
         seconds = self.hard_s + (len(turns) - 1) * SOFT_S
-        about = [*self.codes.new_facts(), *chain.from_iterable(turns)]
+        about = self.codes.new_facts()
+        for turn in turns:
+            about += turn
         deadline = Deadline(self._meter, self.clock, seconds)
         return self._question(frames.STEP, about, deadline, lambda reply: _decisions(reply, len(turns), most))
 
@@ -205,7 +211,7 @@ class SandboxHandle:
         """Return a question that is not sent yet. Raises why the process has ended, if it has."""
         if self._ended is not None:
             raise _copy_of(self._ended)
-        return _Pending(self._ask(kind, numbers, parse), deadline, is_ready(self._handle, select.POLLIN))
+        return _Pending(self._ask(kind, numbers, parse), deadline, bool(self._exit.poll(0)))
 
     def _ask(self, kind: int, numbers: Sequence[int], parse: Callable[[list[int]], T]) -> Exchange[T]:
         """Send a question and read the answer.
@@ -217,6 +223,8 @@ class SandboxHandle:
         idle_s, self._idle_s = self._idle_s, None
         if idle_s is not None and (unasked_s := self._meter.read_cpu() - idle_s) > UNASKED_S:
             raise _Unasked(f"it computed for {unasked_s:.2f} s while no decision was requested")
+        if self._received:
+            raise BadFrame("it replied more than once")
         self._number += 1
         if self.clock is Clock.WALL:
             self._signal(signal.SIGCONT)
@@ -226,7 +234,7 @@ class SandboxHandle:
                 left = left[self._channel.send(left) :]
             except BlockingIOError:
                 yield select.POLLOUT
-        yield select.POLLIN  # always, so that `begin` never returns with the answer
+        yield _ASKED
         reply = yield from self._frame()
         if self.clock is Clock.WALL:
             self._signal(signal.SIGSTOP)
@@ -246,39 +254,45 @@ class SandboxHandle:
         self._sealed = True
 
     def _frame(self) -> Exchange[list[int]]:
-        header = yield from self._receive(frames.HEADER.size)
-        return frames.unpack((yield from self._receive(frames.body_size(bytes(header)))))
+        header = frames.HEADER.size
+        while len(self._received) < header:
+            yield from self._receive(RECEIVED_BYTES)
+        end = header + frames.body_size(bytes(self._received[:header]))
+        while len(self._received) < end:
+            yield from self._receive(end - len(self._received))
+        body = self._received[header:end]
+        del self._received[:end]
+        return frames.unpack(body)
 
-    def _receive(self, count: int) -> Generator[int, None, bytearray]:
-        data = bytearray()
-        while len(data) < count:
+    def _receive(self, most: int) -> Generator[int, None, None]:
+        while True:
             try:
-                more = self._channel.recv(count - len(data))
+                more = self._channel.recv(most)
             except BlockingIOError:
                 yield select.POLLIN
                 continue
             if not more:
                 raise ConnectionResetError
-            data += more
-        return data
+            self._received += more
+            return
 
     # Waiting for the answer
 
     def _wait(self, pending: _Pending[T]) -> T:
         """Complete an exchange, blocking."""
-        self._continue(pending, until=None)
+        self._continue(pending)
         return pending.reply
 
-    def _continue(self, pending: _Pending[Any], until: int | None) -> None:
-        """Continue an exchange to its end, or `until` it first waits for that event."""
+    def _continue(self, pending: _Pending[Any], until_asked: bool = False) -> None:
+        """Continue an exchange to its end, or until its request is sent."""
         deadline = pending.deadline
         try:
             while True:
-                # The deadline may pass while the owner is busy: an answer that can be read now counts.
-                if not pending.event or self._is_ready_in_time(pending.event, deadline):
-                    pending.event = next(pending.exchange)
-                    if pending.event == until:
-                        return
+                event = next(pending.exchange)
+                if event:
+                    self._await(event, deadline)
+                elif until_asked:
+                    return
         except StopIteration as done:
             pending.reply = done.value
         except _ENDS as error:
@@ -292,33 +306,23 @@ class SandboxHandle:
             self.close()
             raise
 
-    def _is_ready_in_time(self, event: int, deadline: Deadline) -> bool:
-        """Wait for an event on the channel; return whether it can happen now. Raises _Late."""
-        channel = self._channel.fileno()
-        if is_ready(channel, event):
-            return True
-        left = deadline.left()
-        if is_ready(channel, event, left):
-            return True
-        if left <= 0 and not deadline.extend():
-            raise _Late
-        return False
+    def _await(self, event: int, deadline: Deadline) -> None:
+        """Wait for an event on the channel. Raises _Late."""
+        while True:
+            left = deadline.left()
+            # The deadline may pass while the owner is busy: an answer that can be read now counts.
+            if is_ready(self._channel.fileno(), event, left):
+                return
+            if left <= 0 and not deadline.extend():
+                raise _Late
 
     async def _wait_later(self, pending: _Pending[T]) -> T:
         """Complete an exchange without blocking the event loop."""
         deadline = pending.deadline
         try:
             while True:
-                left, channel = deadline.left(), self._channel.fileno()
-                # The event loop may be late itself: an answer that can be read now counts.
-                if (
-                    not pending.event
-                    or is_ready(channel, pending.event)
-                    or (left > 0 and await wait_ready(channel, pending.event, left))
-                ):
-                    pending.event = next(pending.exchange)
-                elif left <= 0 and not deadline.extend():
-                    raise _Late
+                if event := next(pending.exchange):
+                    await self._await_later(event, deadline)
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return]
         except _ENDS as error:
@@ -331,6 +335,16 @@ class SandboxHandle:
         except BaseException:  # also a cancelled request: nothing awaits the answer
             self.kill("its decision was cancelled")
             raise
+
+    async def _await_later(self, event: int, deadline: Deadline) -> None:
+        """Wait like `_await`, without blocking the event loop."""
+        while True:
+            left, channel = deadline.left(), self._channel.fileno()
+            # The event loop may be late itself: an answer that can be read now counts.
+            if (left > 0 and await wait_ready(channel, event, left)) or is_ready(channel, event):
+                return
+            if left <= 0 and not deadline.extend():
+                raise _Late
 
     # The end of the process
 
@@ -368,7 +382,6 @@ class _Pending(Generic[T]):
         self.exchange = exchange
         self.deadline = deadline
         self.died_idle = died_idle  # the process had ended before the request was sent
-        self.event = 0  # awaited event of `select.poll`; 0 before it has started
         self.reply: T  # set at the end
 
 
@@ -377,21 +390,7 @@ def _copy_of(error: BoundaryViolation | MachineDisturbed) -> BoundaryViolation |
     return type(error)(*error.args)
 
 
-def _complaint(reply: Sequence[int]) -> str:
-    """Return the complaint about a file to load; empty if there is none. Raises BadFrame."""
-    return frames.decode_text(reply, 1, frames.MAX_COMPLAINT_CHARS)[0]
-
-
-def _outcomes(reply: Sequence[int], count: int) -> tuple[str, list[str]]:
-    """Return what is wrong with a function, and its `count` outcomes if nothing is. Raises BadFrame."""
-    problem, at = frames.decode_text(reply, 1, frames.MAX_COMPLAINT_CHARS)
-    outcomes, _ = frames.decode_texts(reply, at, count, 2 * MAX_TEXT)
-    if not problem and len(outcomes) != count:
-        raise BadFrame(f"{len(outcomes)} outcomes of {count} calls")
-    return problem, [frames.printable(outcome) for outcome in outcomes]
-
-
-def _decisions(reply: Sequence[int], count: int, most: int) -> list[Decision]:
+def _decisions(reply: list[int], count: int, most: int) -> list[Decision]:
     """Return `count` decisions of at most `most` actions each. Raises BadFrame."""
     decisions, at = frames.decode_decisions(reply, 1, count, most)
     if at != len(reply):

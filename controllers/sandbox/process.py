@@ -39,6 +39,8 @@ from controllers.state import State
 
 CHANNEL = 3
 """Descriptor of the channel to the owner. The process has no other besides 0 to 2."""
+READ_BYTES = 1 << 16
+"""Most bytes of a frame that are read at once."""
 
 
 class _RunningEpisode:
@@ -106,11 +108,11 @@ def _call(numbers: Sequence[int]) -> list[int]:
 
 
 def _turn(
-    numbers: Sequence[int],
+    numbers: list[int],
     at: int,
     spec: Spec,
     episodes: dict[int, _RunningEpisode],
-    facts: Sequence[Fact],
+    facts: list[Fact],
     reply: list[int],
 ) -> int:
     """Play the turn at `at` and append the decision to `reply`. Return the position of the next turn."""
@@ -159,20 +161,19 @@ def _in_words(value: object) -> str:
 
 
 def _read() -> list[int]:
-    """Return the next frame; an empty list when the owner has closed the channel."""
-    header = _exactly(HEADER.size)
-    return unpack(_exactly(body_size(header))) if header else []
+    """Return the next frame; an empty list when the owner has closed the channel.
 
-
-def _exactly(count: int) -> bytes:
-    """Return `count` bytes, or none at the end of the channel."""
-    data = os.read(CHANNEL, count)
-    while 0 < len(data) < count:
-        more = os.read(CHANNEL, count - len(data))
+    The owner sends a frame only after the reply to the one before, so what can be read belongs to one frame.
+    """
+    data = os.read(CHANNEL, READ_BYTES)
+    missing = HEADER.size - len(data)
+    while missing > 0 or (missing := HEADER.size + body_size(data[: HEADER.size]) - len(data)):
+        more = os.read(CHANNEL, missing)
         if not more:
-            return b""
+            return []
         data += more
-    return data
+        missing = HEADER.size - len(data)
+    return unpack(data[HEADER.size :])
 
 
 def _write(numbers: Sequence[int]) -> None:

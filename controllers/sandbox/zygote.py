@@ -37,6 +37,9 @@ PRELOADED: Final = (bisect, functools, heapq, itertools, math, resource, statist
 """Modules that controllers and the seal need: nothing can be imported later. This package imports the others."""
 
 SPAWN, TRY, REAP = range(3)
+COLLECTED_EVERY: Final = 10_000
+"""Objects after which a sandbox process looks for garbage: by Python's 700 it would spend more time on it than
+decisions of small rounds take."""
 ORDER: Final = struct.Struct("=iii")  # what to do, layers or process id, attempt
 REPLY: Final = struct.Struct("=i")
 
@@ -50,6 +53,7 @@ def main(descriptor: int) -> None:
     prepare()
     gc.collect()
     gc.freeze()
+    gc.set_threshold(COLLECTED_EVERY)
     while True:
         message, descriptors, _, _ = socket.recv_fds(owner, ORDER.size, 1)
         if not message:

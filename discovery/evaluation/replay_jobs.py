@@ -6,11 +6,12 @@ engines give identical figures.
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -69,6 +70,8 @@ TRIES: Final = 3
 """Attempts at work that the machine disturbs."""
 SUDDEN: Final = frozenset({Boundary.LATE, Boundary.DEAD})
 """Boundaries that are tested again, alone, before a controller is blamed for crossing them."""
+COLLECTED_EVERY: Final = 100_000
+"""Objects after which Python looks for garbage during a job."""
 UNREACHABLE_LIMITS: Final = (1 << 30, 1 << 50)
 """Token limits of a branch and of an episode that are never reached."""
 
@@ -145,6 +148,22 @@ def run_job(job: Job, recordings: Sequence[Recording], rules: ReplayRules) -> Jo
     Raises BranchCensored, SandboxUnavailable, TraceError if traces cannot be written, and MachineDisturbed if the
     machine kills or starves sandbox processes at every attempt.
     """
+    with _rare_collections():
+        return _run_job(job, recordings, rules)
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Let Python look for garbage rarely. Episodes leave none, but all their states live at the same time."""
+    before = gc.get_threshold()
+    gc.set_threshold(max(before[0], COLLECTED_EVERY), *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+def _run_job(job: Job, recordings: Sequence[Recording], rules: ReplayRules) -> JobResult:
     began = time.perf_counter()
     table = _JobRunner(job, recordings, rules)
     played = retry_disturbed(table.play_sealed) if rules.seal(job.spec) else table.play_here()

@@ -140,8 +140,25 @@ def test_an_encoded_round_decodes_to_the_same_actions_and_facts(
     assert frames.decode_facts(news, 0, learnt) == len(news)
     assert learnt[:1] == known
     assert frames.decode_turn(turn, 0, asked, learnt) == (carried_out, facts, len(turn))
-    assert frames.encode_turn(3, asked, Round(carried_out, facts), codes) == turn
-    assert codes.new_facts() == [0]  # no fact is sent twice
+    again = frames.encode_turn(3, asked, Round(carried_out, facts), codes)
+    ends = sum(isinstance(fact, Advanced) and fact.finished for fact in facts)
+    news = codes.new_facts()
+    assert news[0] == ends  # no other fact is sent twice
+    assert frames.decode_facts(news, 0, learnt) == len(news)
+    assert frames.decode_turn(again, 0, asked, learnt) == (carried_out, facts, len(again))
+
+
+def test_a_fact_twice_in_a_round_is_sent_once() -> None:
+    codes, step = frames.FactCodes(), Advanced(0, 1, 10, False)
+    assert codes.codes_of([step, step]) == codes.codes_of([step, step]) == [0, 0]
+    assert codes.new_facts()[0] == 1
+
+
+def test_facts_that_end_a_branch_are_not_kept_alive() -> None:
+    codes, end, step = frames.FactCodes(), Advanced(0, 1, 10, True, 0), Advanced(0, 1, 10, False)
+    before = [sys.getrefcount(fact) for fact in (end, step)]
+    codes.codes_of([end, step])
+    assert [sys.getrefcount(fact) for fact in (end, step)] == [before[0], before[1] + 1]
 
 
 @given(
@@ -540,6 +557,28 @@ def test_computing_between_two_requests_is_a_boundary_violation(sandbox_spawner:
     with pytest.raises(BoundaryViolation, match=r"it computed for 0\... s while no decision was requested") as crossed:
         sealed.decide(state)
     assert crossed.value.boundary is Boundary.UNASKED
+
+
+DOUBLING = (
+    """
+import sys
+child = sys.modules["controllers.sandbox.process"]
+def write_twice(numbers):
+    child.os.write(child.CHANNEL, child.pack(numbers) * 2)
+"""
+    + HEAD
+    + "        child._write = write_twice\n        return [branch()]"
+)
+"""Source of a controller that sends its reply twice."""
+
+
+@linux
+def test_two_replies_to_a_request_are_a_boundary_violation(sandbox_spawner: SandboxSpawner) -> None:
+    sealed, state = controller(sandbox_spawner, DOUBLING), State(LIMITS)
+    state.apply(sealed.decide(state), [Advanced(0, 1, 10, False)])
+    with pytest.raises(BoundaryViolation, match="it replied more than once") as crossed:
+        sealed.decide(state)
+    assert crossed.value.boundary is Boundary.FRAME
 
 
 @linux

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from controllers.errors import BadController, BoundaryViolation
 from controllers.sandbox.deadline import Clock
-from controllers.sandbox.frames import BadFrame, decode_texts, encode_texts
+from controllers.sandbox.frames import BadFrame, decode_outcomes, decode_texts, encode_texts
 from controllers.sandbox.functions import MAX_TEXT, NotCallable, call_function, plain_text, short_text
-from controllers.sandbox.handle import _outcomes
 from controllers.sandbox.spawner import SandboxSpawner, spawner
 
 ONE = "((1,), {})"
@@ -210,7 +209,10 @@ def test_code_that_gets_hold_of_modules_reaches_nothing(attack: str) -> None:
 
 
 def test_what_a_process_answers_is_checked() -> None:
-    assert _outcomes([1, 0, *encode_texts(["=1", "=\x1b\ud800"])], 2) == ("", ["=1", "=\ufffd\ufffd"])
+    assert decode_outcomes([1, 0, *encode_texts(["=1", "=\x1b\ud800"])], 2, 2 * MAX_TEXT) == (
+        "",
+        ["=1", "=\ufffd\ufffd"],
+    )
     forged: tuple[list[int], ...] = (
         [0, *encode_texts(["=1"])],
         [0, *encode_texts(["=1"] * 3)],
@@ -220,4 +222,4 @@ def test_what_a_process_answers_is_checked() -> None:
     )
     for reply in forged:
         with pytest.raises(BadFrame):
-            _outcomes([1, *reply], 2)
+            decode_outcomes([1, *reply], 2, 2 * MAX_TEXT)
