@@ -146,6 +146,8 @@ def calibrate_command(
     console.print(_reliability_table(calibrations))
     if gains:
         console.print(_choices(calibrations))
+        for line in left_out(gains, [spec.name for spec in specs[1:]], slowdown):
+            console.print(line, highlight=False)
     if compare:
         _print_comparison(console, gains, specs, confidence)
     if opened is not None:
@@ -197,6 +199,17 @@ def _with_choices(
         )
         made[model] = replace(calibration, choice=evidence)
     return made
+
+
+def left_out(gains: Mapping[str, ModelGains], names: Sequence[str], slowdown: float) -> list[str]:
+    """Return a line on each model that some candidates, of these `names`, may not serve."""
+    lines = []
+    for model, of_model in gains.items():
+        slow = [name for name, is_allowed in zip(names, of_model.allowed, strict=True) if not is_allowed]
+        if slow:
+            limit = f"{slowdown:g} times the default's plus an interval (--slowdown)"
+            lines.append(f"{model}: left out for a critical path of more than {limit}: {', '.join(slow)}")
+    return lines
 
 
 def install_choices(registry: Registry, calibrations: Calibrations, specs: Sequence[Spec], who: str) -> list[str]:

@@ -51,7 +51,16 @@ from discovery.search.fixed_recordings import fixed_recordings
 from discovery.search.halving import FEWEST_ORDERS, last_orders, rungs_below
 from discovery.search.history import History
 from discovery.search.kernel.jit import is_available
-from discovery.search.loop import Digester, Finalist, SearchLimits, SearchLoop, card, final_shuffles, read_pairs
+from discovery.search.loop import (
+    FINAL_BETAS,
+    Digester,
+    Finalist,
+    SearchLimits,
+    SearchLoop,
+    card,
+    final_shuffles,
+    read_pairs,
+)
 from discovery.search.prompt import SYSTEM, USER, join_blocks
 from discovery.search.trace_digest import digest_traces
 from discovery.search.trial_pool import KEPT_CELLS, TrialPool, TrialSettings, can_be_probed
@@ -352,9 +361,8 @@ def _write_finalist(run: SearchLoop, finalist: Finalist, out: Path, settings: Ma
     console = wide_console()
     console.print(_leaders(run))
     console.print(f"answer comparison: {settings['answers']}", highlight=False)
-    console.print(
-        f"{file}: AFS {finalist.afs:.2f} in new branch orders, sandboxed; the card is beside it", highlight=False
-    )
+    orders = f"{len(FINAL_BETAS)} β in {final_shuffles(settings['questions'])} new branch orders"
+    console.print(f"{file}: AFS {finalist.afs:.2f} at {orders}, sandboxed; the card is beside it", highlight=False)
 
 
 def _stem(candidate: Candidate) -> str:

@@ -39,7 +39,7 @@ def _table(plan: PowerPlan) -> Table:
     for row in plan.rows:
         table.add_row(
             f"{row.branches}{' *' if row == plan.recommended else ''}",
-            f"{row.limited:.0%}",
+            "not recorded" if row.limited is None else f"{row.limited:.0%}",
             *(f"{gain:.2f}" for gain in row.detectable),
             "too many" if row.questions is None else f"{row.questions:,}",
             "" if row.tokens is None else f"{row.tokens:,}",
@@ -62,6 +62,8 @@ def _lines(plan: PowerPlan) -> list[str]:
     if best is None or best.questions is None or best.tokens is None:
         return [*lines, f"no number of questions finds a gain of {plan.gain:g} points"]
     text = f"* cheapest: {best.questions:,} questions with {best.branches} branches each, {best.tokens:,} tokens"
+    if best.limited is not None and best.limited > LIMITED:
+        lines.append(f"{best.branches} branches are too few for these controllers, and no more are recorded")
     if plan.interval is not None:
         text += f" (90 % in [{plan.interval[0]:,}, {plan.interval[1]:,}] questions, as the variance is estimated)"
     lines.append(text)

@@ -84,7 +84,7 @@ class PlanRow(NamedTuple):
     """A number of branches per question, and what it takes with it."""
 
     branches: int
-    limited: float  # largest share of a controller's episodes at a β that would open all branches
+    limited: float | None  # largest share of a controller's episodes at a β that would open all; None: not recorded
     detectable: list[float]  # points of AFS detected with the wanted power, by QUESTION_COUNTS
     questions: int | None  # needed for the wanted gain; None if too many
     tokens: int | None  # to collect these questions
@@ -168,11 +168,13 @@ def make_plan(
     )
     largest = min(comparison.rules.max_branches, branches)
     rows = [
-        plan_row(plan, terms, count, _limited_share(measured, count, comparison.rules.max_branches))
+        plan_row(plan, terms, count, _limited_share(measured, count, branches, comparison.rules.max_branches))
         for count in _branch_counts(branches, comparison.rules.max_branches)
     ]
     affordable = [row for row in rows if row.tokens is not None]
-    suitable = [row for row in affordable if row.limited <= LIMITED or row.branches >= largest]
+    suitable = [
+        row for row in affordable if (row.limited is not None and row.limited <= LIMITED) or row.branches >= largest
+    ]
     best = min(suitable, key=lambda row: row.tokens or 0, default=None)
     plan = replace(plan, rows=rows, recommended=best)
     if best is None or best.questions is None:
@@ -246,10 +248,15 @@ def _branch_counts(branches: int, most: int) -> list[int]:
     return sorted(counts | {most} if most < 4 * branches else counts)
 
 
-def _limited_share(measured: ScoreSet, branches: int, most: int) -> float:
-    """Return the largest share of a controller's episodes at a β that open at least `branches` branches."""
+def _limited_share(measured: ScoreSet, branches: int, recorded: int, most: int) -> float | None:
+    """Return the largest share of a controller's episodes at a β that open at least `branches` branches.
+
+    It is None for more branches than were recorded, and 0 for the `most` that an episode may open.
+    """
     if branches >= most:
         return 0.0
+    if branches > recorded:
+        return None
     return max(_share(side, branches) for side in measured.sides)
 
 
@@ -260,7 +267,7 @@ def _share(side: ControllerScores, branches: int) -> float:
     return max(fmean(shares) for shares in by_beta.values())
 
 
-def plan_row(plan: PowerPlan, terms: GateTerms, branches: int, limited: float) -> PlanRow:
+def plan_row(plan: PowerPlan, terms: GateTerms, branches: int, limited: float | None) -> PlanRow:
     """Return what it takes with so many branches per question, for both tests: of the gain, and of accuracy.
 
     The finalist is assumed to gain as much accuracy at the deployed β as AFS.

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from controllers.loading import Spec
 from controllers.rollout_state import RolloutStage
+from discovery.commands.calibrate import left_out
 from discovery.data.importers import format_recording_line
 from discovery.data.recordings import Split
 from discovery.evaluation.calibration import read_calibrations, score_with_rival
@@ -296,3 +297,10 @@ def test_choices_against_another_default_than_the_registrys_are_refused(recordin
 def test_a_choice_needs_several_controllers(recordings: Path, option: tuple[str, ...]) -> None:
     status, output = run(recordings, "cmc", *option)
     assert (status, "needs at least two --controllers" in output) == (2, True)
+
+
+def test_candidates_that_are_too_slow_for_a_model_are_named() -> None:
+    by_model = {"a": gains([1.0], [2.0], allowed=[True, False]), "b": gains([1.0], [2.0])}
+    (line,) = left_out(by_model, ["quick", "patient"], 1.25)
+    expected = "a: left out for a critical path of more than 1.25 times the default's plus an interval (--slowdown): "
+    assert line == f"{expected}patient"

@@ -180,6 +180,14 @@ def test_a_plan_reads_no_held_out_question_and_takes_the_next_level(tmp_path: Pa
     assert plan.recommended is None or plan.recommended.branches >= 16
 
 
+def test_how_many_unrecorded_branches_would_be_opened_is_not_guessed() -> None:
+    source = Guarded(*recorded(12, Split.SEARCH))
+    terms = compared(orders=2)
+    wide = replace(terms, rules=replace(terms.rules, max_branches=40))
+    rows = make_plan(wide, source, source.cells(), None).rows
+    assert [(row.branches, row.limited) for row in rows][-3:] == [(16, 1.0), (32, None), (40, 0.0)]
+
+
 @pytest.mark.parametrize(
     ("recordings", "comparison", "message"),
     [

@@ -688,10 +688,8 @@ def test_the_discover_command_writes_record_controller_and_card(finished_run: tu
     assert {path.name for path in folder.iterdir()} == {RECORD, CONTEXT, file.name, file.with_suffix(".json").name}
     assert advise(file.read_text()) == []
     assert "answer comparison: exact\n" in printed
-    assert (
-        f"{file.relative_to(folder.parent)}: AFS {about['search']['afs']:.2f} in new branch orders, sandboxed"
-        in printed
-    )
+    measured = f"AFS {about['search']['afs']:.2f} at 9 β in 50 new branch orders, sandboxed"
+    assert f"{file.relative_to(folder.parent)}: {measured}" in printed
     assert set(about) == {
         *("name", "digest", "explorer", "note", "lineage", "run", "data", "settings", "search", "cost")
     }
