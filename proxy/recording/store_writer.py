@@ -169,6 +169,8 @@ class StoreWriter:
         self._file_thread.shutdown(wait=False)
         while self._queue:
             self._settle("closed", self._queue.popleft())
+        if self.lost:
+            self._log_loss(f"RECORDS WERE LOST: {self.lost} in all since this process started")
 
     # Put and find
 
@@ -241,8 +243,11 @@ class StoreWriter:
             self.metrics.records_lost.labels(outcome).inc()
             if time.monotonic() - self._loss_logged_at >= LOSS_LOG_S:
                 self._loss_logged_at = time.monotonic()
-                problems = "".join(f"; {kind}: {problem}" for kind, problem in self._problems.items())
-                logger.error("RECORDS ARE LOST (%s): %s so far%s", outcome, self.lost, problems)
+                self._log_loss(f"RECORDS ARE LOST ({outcome}): {self.lost} so far")
+
+    def _log_loss(self, loss: str) -> None:
+        problems = "".join(f"; {kind}: {problem}" for kind, problem in self._problems.items())
+        logger.error("%s%s", loss, problems)
 
     # Write
 

@@ -420,6 +420,19 @@ async def test_with_store_and_spill_disks_full_the_queue_is_kept_and_further_rec
         await until(lambda: len(stored(path)) == 51)
 
 
+async def test_a_closed_recorder_logs_once_how_many_records_were_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy.recording.store_writer.FLUSH_S", 0.2)
+    path = tmp_path / "away" / "s.db"
+    async with recording(path, spill=tmp_path / "spill", spill_bytes=1, recorder_queue=4) as recorder:
+        kept = putting(recorder, *map(str, range(7)))
+    assert [future.result() for future in kept] == [False] * 7
+    totals = [line for line in caplog.messages if line.startswith("RECORDS WERE LOST: 7 in all since this process")]
+    assert len(totals) == 1
+    assert "the store is unavailable: " in totals[0]
+
+
 def fill(path: Path) -> None:
     with path.open("wb", buffering=0) as file:
         while os.statvfs(path).f_bavail:
