@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
+    from pydantic_core import ErrorDetails
 
 
 class DiscoveryError(Exception):
@@ -123,6 +124,12 @@ def unknown_field(name: str, known: Iterable[str]) -> str:
     near = get_close_matches(name, names, 1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"there is no such field; {hint}known fields: {', '.join(names)}"
+
+
+def problem_text(details: ErrorDetails) -> str:
+    """Return the problem that pydantic found, in the words of the other messages."""
+    problem = details["msg"].removeprefix("Value error, ").replace("Input should", "it must")
+    return problem.removesuffix(".")
 
 
 def first_problem(error: ValidationError, model: type[BaseModel]) -> str:

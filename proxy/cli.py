@@ -54,6 +54,7 @@ from proxy.commands.loop.command import (
     run_loop,
 )
 from proxy.commands.loop.progress import LoopPlan
+from proxy.commands.usage_errors import SettingsCommand, describe_bad_parameter
 from proxy.errors import ProxyError
 from proxy.runtime import event_loop, freeze_objects
 
@@ -80,7 +81,7 @@ class CommandGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:
-            self._print_error(error.format_message())
+            self._print_error(describe_bad_parameter(error))
         except (ProxyError, DiscoveryError, ControllersError) as error:
             self._print_error(str(error))
         raise typer.Exit(BAD_INPUT)
@@ -133,7 +134,7 @@ def autotts(
         export_places()
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 @with_flags
 def serve(given: Flags, config: File = None, sets: Sets = None) -> None:
     """Serve requests until interrupted."""

@@ -23,7 +23,7 @@ from controllers.loading import Spec
 from controllers.voting import lead_probability
 from discovery.data.atomic_files import atomic_write
 from discovery.data.recordings import Cell
-from discovery.errors import DiscoveryError
+from discovery.errors import DiscoveryError, problem_text
 from discovery.evaluation.engines import Engine
 from discovery.evaluation.evaluate import AnswerComparison, Evaluation
 from discovery.evaluation.paired_statistics import bootstrap_bounds, wilson_interval
@@ -364,4 +364,4 @@ def read_calibrations(path: Path) -> Calibrations:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise DiscoveryError(f"{path}: not a calibration: {where}: {first['msg']}") from None
+        raise DiscoveryError(f"{path}: not a calibration: {where}: {problem_text(first)}") from None

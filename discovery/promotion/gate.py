@@ -21,7 +21,7 @@ from controllers.errors import ControllersError
 from controllers.loading import parse_spec
 from discovery.data.atomic_files import check_writable_path
 from discovery.data.recordings import Cell, Split
-from discovery.errors import DiscoveryError, GateError
+from discovery.errors import DiscoveryError, GateError, problem_text
 from discovery.evaluation.engines import EngineName, make_engine
 from discovery.evaluation.evaluate import AnswerComparison
 from discovery.evaluation.replay_jobs import ReplayRules
@@ -165,7 +165,7 @@ def _parse_job(given: Mapping[str, str]) -> GateJob:
         return TypeAdapter(GateJob).validate_python(given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        raise GateError(f"--{first['loc'][0]}: {first['msg']}") from None
+        raise GateError(f"--{first['loc'][0]}: {problem_text(first)}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from discovery.data.atomic_files import check_writable_path
 from discovery.data.hash_chained_log import ChainFormat, hash_line
-from discovery.errors import DamagedLog, GateError
+from discovery.errors import DamagedLog, GateError, problem_text
 from discovery.promotion.storage.ledger_storage import LedgerDatabase, LedgerFile, LedgerStorage
 from discovery.store import StorePlace
 
@@ -172,7 +172,7 @@ def _parse(line: bytes) -> Judgement:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         field = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{field}: {first['msg']}" if field else first["msg"]) from None
+        raise ValueError(f"{field}: {problem_text(first)}" if field else problem_text(first)) from None
 
 
 _CHAIN: Final[ChainFormat[Judgement]] = ChainFormat(ORIGIN, _parse, previous_hash=lambda line: line.after)

@@ -18,6 +18,7 @@ from controllers.dial import parse_beta
 from discovery.commands.console import wide_console
 from discovery.commands.options import AnyPlace, registry_option
 from discovery.store.databases.places import parse_place
+from proxy.commands.usage_errors import SettingsCommand
 
 if TYPE_CHECKING:
     from proxy.settings import Configured
@@ -103,7 +104,7 @@ class SettingRow(NamedTuple):
     meaning: str
 
 
-@configuring.command()
+@configuring.command(cls=SettingsCommand)
 @with_flags
 def show(
     given: Flags,
@@ -126,7 +127,7 @@ def show(
     wide_console().print(table, markup=False, highlight=False)
 
 
-@configuring.command()
+@configuring.command(cls=SettingsCommand)
 @with_flags
 def check(given: Flags, file: File = None, sets: Sets = None) -> None:
     """Check whether `autotts serve` could start with these settings. Unknown AUTOTTS_ variables are listed."""

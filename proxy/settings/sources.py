@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from discovery.errors import problem_text
 from proxy.errors import SettingsError
 from proxy.settings import checks
 from proxy.settings.model import Settings, is_secret
@@ -169,7 +170,7 @@ def _problem(error: ErrorDetails) -> str:
         return f"it must be: {field.description}"
     if error["type"] in _ADVICE:
         return _ADVICE[error["type"]]
-    return error["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
+    return problem_text(error)
 
 
 def _message(place: tuple[str, ...], problem: str, value: object, sources: Mapping[str, str]) -> str:
