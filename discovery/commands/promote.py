@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -31,6 +32,8 @@ PASSED: Final = "promote"
 """The verdict a report must have for a promotion."""
 LEDGER: Final = "ledger.jsonl"
 """Default name of the gate's ledger, in the registry's folder."""
+CONTROLLER_VARIABLE: Final = "AUTOTTS_CONTROLLER"
+"""Variable of the proxy's setting that names the controller that serves without a champion."""
 TAIL: Final = 10
 """Lines of the audit log that are shown."""
 
@@ -66,11 +69,6 @@ def promote(
     """Put a controller at a rollout stage; running proxies follow within two seconds."""
     place = registry_place(registry)
     opened, by = Registry(place), ChangeCause(who, why, datetime.now(UTC), force)
-    if force:
-        print_warning(
-            f"FORCED: {what} becomes {stage} regardless of the gate and quarantines; "
-            "the audit log and the card record this"
-        )
     before = opened.read()
     if what.endswith(".py"):
         spec = read(Path(what))
@@ -81,6 +79,12 @@ def promote(
         digest = spec.digest
     else:
         digest, after = promote_known(opened, what, stage, share, by, model, report)
+    if force:
+        print_warning(
+            f"FORCED: {what} is {stage} regardless of the gate and quarantines; the audit log and the card record this"
+        )
+    if stage is not RolloutStage.CHAMPION and after.own(model).champion is None and after.default.champion is None:
+        _warn_of_itself(digest, stage)
     wide_console().print(_describe(opened, digest, stage, before, after, model), highlight=False, markup=False)
 
 
@@ -131,6 +135,8 @@ def controllers(registry: RegistryPlace = None, as_json: AsJson = False) -> None
         return
     console = wide_console()
     console.print(_stages(place, installed, cards))
+    if isinstance(place, Path) and not place.exists():
+        console.print(f"{place} does not exist yet; the first promotion makes it", highlight=False, markup=False)
     if audit:
         console.print(_changes(audit))
 
@@ -157,6 +163,16 @@ def promote_known(
     if not by.forced:
         check_models(registry.card(digest), model)
     return digest, registry.promote(digest, stage, share, by, model)
+
+
+def _warn_of_itself(digest: str, stage: RolloutStage) -> None:
+    """Print a warning if a canary or shadow is the controller that proxies serve while there is no champion."""
+    configured = os.environ.get(CONTROLLER_VARIABLE) or DEFAULT
+    if digest == Spec(configured).digest:
+        print_warning(
+            f"{configured} is also the configured controller ({CONTROLLER_VARIABLE}), which serves while there is no "
+            f"champion; as {stage} it is compared with itself, which shows nothing"
+        )
 
 
 def default_ledger(registry: StorePlace) -> StorePlace:

@@ -20,6 +20,7 @@ from aiohttp import web
 from openai import AsyncOpenAI
 from typer.testing import CliRunner
 
+from controllers import builtin
 from controllers.loading import Spec
 from controllers.rollout_state import RolloutStage, lot
 from discovery.promotion.registry import ChangeCause, Registry
@@ -538,9 +539,35 @@ def test_a_forced_promotion_prints_a_warning_and_is_audited(tmp_path: Path) -> N
     status, _, stderr = autotts("promote", str(file), "--registry", folder, "--as", "champion", "--force")
     assert status == 0
     assert stderr.startswith("FORCED: ")
+    refused = tmp_path / "cmc.py"  # a built-in controller has this name
+    refused.write_text(HONEST)
+    status, _, stderr = autotts("promote", str(refused), "--registry", folder, "--as", "champion", "--force")
+    assert (status, "FORCED" in stderr) == (2, False)
     registry = Registry(Path(folder))
     assert registry.audit()[-1]["forced"] is True
     assert registry.card(Spec("mine", HONEST).digest)["forced"] is True
+
+
+def test_a_canary_that_is_the_configured_controller_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, default = str(tmp_path / "installed"), builtin.DEFAULT
+    monkeypatch.delenv("AUTOTTS_CONTROLLER", raising=False)
+    for configured, what, is_warned in ((None, default, True), ("cmc", default, False), ("cmc", "cmc", True)):
+        if configured is not None:
+            monkeypatch.setenv("AUTOTTS_CONTROLLER", configured)
+        status, _, stderr = autotts("promote", what, "--registry", folder, "--as", "canary")
+        assert (status, "as canary it is compared with itself" in stderr) == (0, is_warned)
+    assert autotts("promote", "esc", "--registry", folder, "--as", "champion")[0] == 0
+    assert autotts("promote", "cmc", "--registry", folder, "--as", "shadow")[2] == ""
+
+
+def test_a_registry_that_does_not_exist_is_listed_as_such(tmp_path: Path) -> None:
+    folder = str(tmp_path / "none")
+    status, stdout, _ = autotts("controllers", "--registry", folder)
+    assert (status, "none does not exist yet; the first promotion makes it" in stdout.replace("\n", " ")) == (0, True)
+    autotts("promote", "cmc", "--registry", folder, "--as", "champion")
+    assert "does not exist" not in autotts("controllers", "--registry", folder)[1]
 
 
 def test_promoting_a_digest_with_a_report_is_refused(tmp_path: Path) -> None:
