@@ -40,6 +40,7 @@ _ADVICE: Final = {
     "int_type": "write a whole number",
     "float_parsing": "write a number",
     "float_type": "write a number",
+    "path_type": "write a path, in quotes",
 }
 """Instructions for values of the wrong type, by the type of pydantic's error."""
 
@@ -168,6 +169,8 @@ def _problem(error: ErrorDetails) -> str:
     field = Settings.model_fields.get(name)
     if error["type"] == "string_pattern_mismatch" and field is not None and field.description:
         return f"it must be: {field.description}"
+    if name == "keys" and isinstance(error["input"], dict):
+        return "write the path of the key file, in quotes; the keys themselves belong in that file"
     if error["type"] in _ADVICE:
         return _ADVICE[error["type"]]
     return problem_text(error)
@@ -179,6 +182,7 @@ def _message(place: tuple[str, ...], problem: str, value: object, sources: Mappi
     has_password = name in ("upstream", "store") and any(sign in str(value) for sign in ("@", "://"))
     is_named = isinstance(value, str) and value in problem  # as the file that cannot be read
     is_shown = name in Settings.model_fields and not is_secret(name) and not has_password and not is_named
+    is_shown = is_shown and not isinstance(value, dict)  # a table may hold anything
     shown = f", not {value!r}" if is_shown else ""
     return f"{_place(place, sources)}: {problem}{shown}"
 

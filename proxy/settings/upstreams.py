@@ -16,6 +16,8 @@ MAX_REPLICAS: Final = 256
 """Maximum number of replicas. Each has metrics of its own and is checked every few seconds."""
 _BETWEEN_URLS: Final = re.compile(r"\s*,\s*(?=[A-Za-z][A-Za-z0-9+.-]*://)")
 """Commas between URLs. A comma within a password is not followed by a scheme."""
+_AFTER_A_BLANK: Final = re.compile(r"\s[A-Za-z][A-Za-z0-9+.-]*://")
+"""Second URL that no comma separates from the first."""
 _URL: Final = TypeAdapter(AnyHttpUrl)
 _DNS: Final = "dns+"
 """Beginning of a URL whose host is resolved to the addresses of the replicas."""
@@ -105,7 +107,8 @@ def _read_map(path: Path) -> Iterator[ReplicaAddress]:
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; name a file of models, or a URL: http://HOST:PORT") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        advice = 'lines are "MODEL" = ["http://HOST:8000"], with names of models in quotes'
+        raise ValueError(f"{path}: {error}; {advice}") from None
     if not by_model:
         raise ValueError(f'{path} names no model; add lines such as "MODEL" = ["http://HOST:8000"]')
     models: dict[str, set[str]] = {}
@@ -155,6 +158,8 @@ def _url(text: str) -> str:
     """Return a URL in its normal form. Raises ValueError, without the URL, which may hold a password."""
     if text.lower().startswith(_DNS):
         raise ValueError("dns+http://NAME:PORT must be the only upstream; it stands for all addresses of the name")
+    if _AFTER_A_BLANK.search(text):
+        raise ValueError("separate several URLs by commas")
     try:
         url = _URL.validate_python(text)
     except ValidationError as error:

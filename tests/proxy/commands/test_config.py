@@ -71,6 +71,8 @@ def test_the_config_file_is_found_by_name_variable_or_flag_and_ignored_by_load(
         ("interval = x", "Invalid value (at line 1, column 12); lines are NAME = VALUE, with texts in quotes"),
         ("AUTOTTS_BETA = 0.5", "there is no setting 'AUTOTTS_BETA'; did you mean beta?"),
         ("record = 'maybe'", "record: write true or false, not 'maybe'"),
+        ("[keys]\nalice = 1", "keys: write the path of the key file, in quotes; the keys themselves belong in"),
+        ("spill = 3", "spill: write a path, in quotes, not 3"),
         ("interval = 'many'", "interval: write a whole number, not 'many'"),
         ("store_text = 'all'", "store_text: it must be 'none', 'hash' or 'full', not 'all'"),
         (

@@ -56,6 +56,7 @@ def test_a_name_stands_for_its_addresses() -> None:
         ("http://a,dns+http://b", "URL 2 of 2: dns+http://NAME:PORT must be the only upstream"),
         ("dns+http://a,http://b", "URL 1 of 2: dns+http://NAME:PORT must be the only upstream"),
         ("dns+http://a,dns+http://b", "URL 1 of 2: dns+http://NAME:PORT must be the only upstream"),
+        ("http://a http://b", "separate several URLs by commas"),
         ("dns+a:8000", "URL scheme should be 'http' or 'https'"),
         ("http://a,ftp://b", "URL 2 of 2: URL scheme should be 'http' or 'https'"),
         ("http://a,b:8000", "separate URLs by commas, and begin each with http:// or https://"),
@@ -86,6 +87,7 @@ def test_a_wrong_value_is_refused_with_the_reason(text: str, problem: str) -> No
         ("a = ['http://a', 'http://a']", "model 'a': http://a/ is named twice"),
         (f"a = 'http://me:{SECRET}@a'\nb = 'http://a'", "http://a/ is named twice"),
         ("a = ", "Invalid value"),
+        ("org/a = 'http://a'", 'lines are "MODEL" = ["http://HOST:8000"], with names of models in quotes'),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_reason(tmp_path: Path, content: str, problem: str) -> None:
