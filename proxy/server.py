@@ -24,6 +24,8 @@ from proxy.telemetry.worker_metrics import WorkerPlace
 
 logger = logging.getLogger(__name__)
 
+UNPRIVILEGED: Final = 1024
+"""First port that Linux gives to programs without root's rights."""
 CLOSE_S: Final = 5
 """Seconds that connections have to close after the last request."""
 
@@ -115,7 +117,9 @@ def listen(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
             raise StartError(
                 f"port {port} of {host} is in use; stop the process that listens there or use --port"
             ) from None
-        raise StartError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+        is_privileged = isinstance(error, PermissionError) and port < UNPRIVILEGED
+        advice = f"; ports below {UNPRIVILEGED} need root; use --port" if is_privileged else ""
+        raise StartError(f"cannot listen on {host}:{port}: {error.strerror}{advice}") from None
     return listening
 
 

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_core import ErrorDetails
 
-from discovery.errors import unknown_field
+from discovery.errors import problem_text, unknown_field
 from proxy.admission.token_budget import Caps, limit_below
 from proxy.errors import SettingsError
 
@@ -121,10 +122,11 @@ def read_key_file(path: Path) -> tuple[Key, ...]:
     try:
         text = path.read_text("utf-8")
     except OSError as error:
-        is_missing = isinstance(error, FileNotFoundError)
-        advice = (
-            f"; set AUTOTTS_KEYS to your key file, or write it: `autotts keys new NAME >> {path}`" if is_missing else ""
-        )
+        advice = ""
+        if isinstance(error, FileNotFoundError):
+            advice = f"; set AUTOTTS_KEYS to your key file, or write it: `autotts keys new NAME >> {path}`"
+        elif isinstance(error, PermissionError):
+            advice = "; let the proxy's user read it"
         raise SettingsError(f"keys: {path}: {error.strerror}{advice}") from None
     except UnicodeDecodeError:
         raise SettingsError(f"keys: {path}: not UTF-8") from None
@@ -185,8 +187,11 @@ def _parse(path: Path, text: str) -> Mapping[str, Any]:
     except tomllib.TOMLDecodeError as error:
         where = _LINE.search(str(error))
         line = where[1] if where else str(text.count("\n") + 1)
-        is_repeated = str(error).startswith("Cannot overwrite")
-        problem = "a name occurs twice; for an old and a new key write sha256 = [OLD, NEW]" if is_repeated else _TOML
+        is_repeated = str(error).startswith(("Cannot overwrite", "Cannot declare"))
+        problem = _TOML
+        if is_repeated:
+            name = _name_on(text, int(line)) or "a name"
+            problem = f"{name} occurs twice; for an old and a new key write sha256 = [OLD, NEW]"
         raise SettingsError(f"keys: {path}, line {line}: {problem}") from None
     except RecursionError:
         raise SettingsError(f"keys: {path}: nested too deeply") from None
@@ -201,16 +206,25 @@ def _parse_entry(path: Path, text: str, name: str, value: object) -> Key:
     try:
         entry = _KeyEntry.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        field = str(first["loc"][0]) if first["loc"] else "entry"
-        is_unknown = first["type"] == "extra_forbidden"
-        advice = _ADVICE.get(
-            first["type"], first["msg"].removeprefix("Value error, ").replace("Input should", "it must")
-        )
-        problem = unknown_field(field, _KeyEntry.model_fields) if is_unknown else advice
-        raise _entry_error(path, text, name, f"{field}: {problem}") from None
+        raise _entry_error(path, text, name, "; ".join(dict.fromkeys(map(_field_problem, error.errors())))) from None
     caps = Caps(entry.branches, entry.tokens, entry.tokens_per_minute, entry.episodes)
     return Key(name, tuple(entry.sha256), entry.admin, caps, entry.priority, entry.beta)
+
+
+def _field_problem(details: ErrorDetails) -> str:
+    """Return the problem of a field. Only a number is quoted, because texts may be a real key."""
+    field = str(details["loc"][0]) if details["loc"] else "entry"
+    if details["type"] == "extra_forbidden":
+        return f"{field}: {unknown_field(field, _KeyEntry.model_fields)}"
+    value = details["input"]
+    shown = f", not {json.dumps(value)}" if isinstance(value, int | float) else ""
+    return f"{field}: {_ADVICE.get(details['type']) or problem_text(details)}{shown}"
+
+
+def _name_on(text: str, number: int) -> str | None:
+    """Return the name of the key on a line; None if none begins there, so that nothing else is quoted."""
+    name = text.splitlines()[number - 1].partition("=")[0].strip().strip("[]\"' ")
+    return name if NAME.fullmatch(name) else None
 
 
 def _entry_error(path: Path, text: str, name: str, problem: str) -> SettingsError:

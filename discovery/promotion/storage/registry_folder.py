@@ -72,7 +72,7 @@ class RegistryFolder(RegistryStorage):
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise PromotionError(f"{self.file}: {error.strerror}") from None
+            raise _refusal(self.file, error) from None
         return FileStamp(status.st_mtime_ns, status.st_ino, status.st_size)
 
     def state(self) -> bytes | None:
@@ -81,7 +81,7 @@ class RegistryFolder(RegistryStorage):
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise PromotionError(f"{self.file}: {error.strerror}") from None
+            raise _refusal(self.file, error) from None
 
     def digests(self) -> list[str]:
         return sorted(path.stem for path in self.folder.glob("*.json") if _CARD.fullmatch(path.name))
@@ -91,7 +91,7 @@ class RegistryFolder(RegistryStorage):
         try:
             return path.read_bytes()
         except OSError as error:
-            raise PromotionError(f"{path}: {error.strerror}") from None
+            raise _refusal(path, error) from None
 
     def source(self, digest: str) -> str:
         try:
@@ -123,7 +123,7 @@ class RegistryFolder(RegistryStorage):
             finally:
                 os.close(folder)
         except OSError as error:
-            raise PromotionError(f"{error.filename or self.folder}: {error.strerror}") from None
+            raise _refusal(error.filename or self.folder, error) from None
 
     def commit(self, change: RegistryChange) -> None:
         self._complete_audit(change)
@@ -171,3 +171,9 @@ class RegistryFolder(RegistryStorage):
 
     def _card_path(self, digest: str) -> Path:
         return self.folder / f"{digest}.json"
+
+
+def _refusal(path: str | Path, error: OSError) -> PromotionError:
+    """Return the error about a file that cannot be read or written, with the way out if that is not permitted."""
+    advice = "; let this user read and write the registry, or name another (AUTOTTS_REGISTRY)"
+    return PromotionError(f"{path}: {error.strerror}{advice if isinstance(error, PermissionError) else ''}")

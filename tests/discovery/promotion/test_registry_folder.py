@@ -44,6 +44,21 @@ def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
         Registry(tmp_path / "file").install(spec(1), CARD, RolloutStage.SHADOW, 0, ME)
 
 
+def test_a_folder_that_may_not_be_used_says_how_to_name_another(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    advice = r"Permission denied; let this user read and write the registry, or name another \(AUTOTTS_REGISTRY\)"
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(PromotionError, match=advice):
+        registry.install(spec(1), CARD, RolloutStage.SHADOW, 0, ME)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(PromotionError, match=advice):
+        registry.read()
+
+
 def test_a_pipe_in_place_of_a_source_is_refused(registry: Registry) -> None:
     registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
     path = folder_of(registry).folder / f"{spec(1).digest}.py"

@@ -236,7 +236,14 @@ def test_cache_salts_are_derived_from_the_cache_secret(file: Path) -> None:
         ("# mine\n\nalice = 3\n", 'line 3: alice: entry: write NAME = { sha256 = "HASH" }'),
         (
             f'x = {{ sha256 = "{HASH}" }}\nx = {{ sha256 = "{HASH}" }}',
-            "line 2: a name occurs twice; for an old",
+            "line 2: x occurs twice; for an old",
+        ),
+        (f'[x]\nsha256 = "{HASH}"\n[x]\n', "line 3: x occurs twice; for an old"),
+        (
+            f'x = {{ sha256 = "{HASH}", beta = 3, tokens = 0, admin = "yes", token = 1 }}',
+            "line 1: x: admin: it must be true or false, without quotes; "
+            "beta: it must be less than or equal to 1, not 3; "
+            "tokens: it must be greater than or equal to 1, not 0; token: there is no such field; did you mean tokens?",
         ),
         (
             f'x = {{ sha256 = "{HASH}" }}\ny = {{ sha256 = "short" }}',
@@ -258,10 +265,20 @@ def test_an_error_in_a_key_file_names_the_line_and_the_field(tmp_path: Path, tex
 
 def test_a_key_written_in_place_of_its_hash_is_not_in_the_error(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
-    path.write_text(f'alice = {{ sha256 = "{ALICE}" }}')
-    with pytest.raises(SettingsError) as caught:
-        api_keys.read_key_file(path)
-    assert ALICE not in str(caught.value)
+    for text in (f'alice = {{ sha256 = "{ALICE}" }}', f'alice = {{ tokens = "{ALICE}" }}', f'[a.a]\n[a.a]\n"{ALICE}"'):
+        path.write_text(text)
+        with pytest.raises(SettingsError) as caught:
+            api_keys.read_key_file(path)
+        assert ALICE not in str(caught.value)
+
+
+def test_a_key_file_that_may_not_be_read_says_who_must_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(SettingsError, match="Permission denied; let the proxy's user read it"):
+        api_keys.read_key_file(tmp_path / "keys.toml")
 
 
 def test_a_key_file_may_be_json_and_its_errors_name_the_line(tmp_path: Path) -> None:
