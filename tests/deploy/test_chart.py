@@ -91,7 +91,7 @@ CASES: Final = {
         secrets={**PLAIN["secrets"], "store": {"name": "database"}, "cacheSecret": {"name": "autotts-secrets"}},
     ),
     "port": changed(networkPolicy={"upstreamPort": 9000}),
-    "several": changed(upstream={"url": "http://a.models:8000,https://b.models/base,http://c.models:8000"}),
+    "several": changed(upstream={"url": "http://a.models:8000, https://b.models/base,http://c.models:8000"}),
     "name": changed(upstream={"url": "dns+http://vllm-pods.models:8001"}),
 }
 

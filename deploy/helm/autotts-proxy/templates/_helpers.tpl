@@ -42,7 +42,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- define "autotts.upstreamPorts" -}}
 {{- $ports := list -}}
 {{- range splitList "," .Values.upstream.url -}}
-{{- $url := urlParse . -}}
+{{- $url := urlParse (trim .) -}}
 {{- $port := regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host) -}}
 {{- $ports = append $ports ($port | default (eq $url.scheme "https" | ternary "443" "80")) -}}
 {{- end -}}
