@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from discovery.commands.console import split_names, wide_console
+from discovery.commands.console import print_plain, split_names, wide_console
 from discovery.commands.options import DEFAULT_STORE, AnyPlace, AsJson, Benchmarks, Models, Place
 from discovery.data.atomic_files import atomic_write, check_writable_path
 from discovery.data.importers import format_recording_line, read_jsonl, read_release, release_files
@@ -146,8 +147,20 @@ def _requests(served: ServedSummary) -> str:
 
 @store.command()
 def verify(place: Place = DEFAULT_STORE, as_json: AsJson = False) -> None:
-    """Check that no row is corrupt; exit status 1 if one is."""
-    checked = with_store(place, Store.verify)
+    """Check that no row is corrupt; exit status 1 if one is, or if SQLite cannot read the file."""
+    try:
+        checked = with_store(place, Store.verify)
+    except StoreError as error:
+        if not _is_damaged(error):
+            raise
+        Console(stderr=True).print(
+            f"{error}; the file is damaged: restore a backup (docs/recording.md#backups)",
+            style="red",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(CORRUPT) from None
     if as_json:
         sys.stdout.write(json.dumps({"rows": dict(checked.rows), "bad": list(checked.bad)}, indent=2) + "\n")
     else:
@@ -158,6 +171,12 @@ def verify(place: Place = DEFAULT_STORE, as_json: AsJson = False) -> None:
             console.print(bad_row, style="red", highlight=False, markup=False)
     if checked.bad:
         raise typer.Exit(CORRUPT)
+
+
+def _is_damaged(error: StoreError) -> bool:
+    """Return whether SQLite found that the file is damaged, not that it cannot be opened."""
+    cause = error.__cause__ or error.__context__
+    return isinstance(cause, sqlite3.DatabaseError) and cause.sqlite_errorcode & 0xFF == sqlite3.SQLITE_CORRUPT
 
 
 @store.command()
@@ -227,10 +246,13 @@ def prune(
 ) -> None:
     """Drop the recordings that match all given options and, with --corrupt, the corrupt ones."""
     by_model, by_benchmark = split_names(models), split_names(benchmarks)
+    known_models, known_benchmarks = set[str](), set[str]()
     if not (by_model or by_benchmark or origin or corrupt):
         raise StoreError("prune: say what to drop with --models, --benchmarks, --origin or --corrupt")
 
     def is_selected(model: str, benchmark: str, recorded_by: str) -> bool:
+        known_models.add(model)
+        known_benchmarks.add(benchmark)
         return (
             bool(by_model or by_benchmark or origin)
             and (not by_model or model in by_model)
@@ -243,3 +265,9 @@ def prune(
         f"{place}: dropped {removed.recordings} recordings, {removed.branches} branches, {removed.questions} questions",
         highlight=False,
     )
+    for kind, given, known in (("model", by_model, known_models), ("benchmark", by_benchmark, known_benchmarks)):
+        if unknown := [name for name in given if name not in known]:
+            print_plain(
+                wide_console(),
+                f"no recording has the {kind} {', '.join(unknown)}; there are: {', '.join(sorted(known)) or 'none'}",
+            )
