@@ -6,9 +6,9 @@ raises TypeError for arguments of other types than declared, so what a check her
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Final
+from typing import Any, Final
 
 from controllers.errors import BadFact, IllegalAction
 from controllers.signals import MAX_CONFIDENCE
@@ -78,6 +78,7 @@ class Advanced:
     label: int | None = None  # answer of the finished branch; None while it runs, or without a readable answer
     confidence: int | None = None  # of the generated tokens, in per mille; None if unknown (`controllers.signals`)
     lowest: int | None = None  # of the least confident window in them, in per mille; None if unknown
+    number: Any = field(default=None, compare=False, repr=False)  # an int if replay has many of it, else None
 
     def __init__(
         self,
@@ -88,6 +89,7 @@ class Advanced:
         label: int | None = None,
         confidence: object = None,
         lowest: object = None,
+        number: Any = None,
     ) -> None:
         if confidence is not None or lowest is not None:
             _check_confidences(branch, (confidence, lowest))
@@ -98,6 +100,7 @@ class Advanced:
         _put(self, "label", label)
         _put(self, "confidence", confidence)
         _put(self, "lowest", lowest)
+        _put(self, "number", number)
         if intervals < 0 or tokens < 0:
             raise BadFact(f"{self}: intervals and tokens must not be negative")
         if label is not None and (label < 0 or not finished):
@@ -116,14 +119,18 @@ class Probed:
     label: int | None  # answer that the branch would give now; None if it is unreadable
     tokens: int  # cost of the probe: suffix tokens read and answer tokens generated
     confidence: int | None = None  # of the answer's tokens, in per mille; None if unknown (`controllers.signals`)
+    number: Any = field(default=None, compare=False, repr=False)  # as in `Advanced`
 
-    def __init__(self, branch: int, label: int | None, tokens: int, confidence: object = None) -> None:
+    def __init__(
+        self, branch: int, label: int | None, tokens: int, confidence: object = None, number: Any = None
+    ) -> None:
         if confidence is not None:
             _check_confidences(branch, (confidence,))
         _put(self, "branch", branch)
         _put(self, "label", label)
         _put(self, "tokens", tokens)
         _put(self, "confidence", confidence)
+        _put(self, "number", number)
         if tokens < 0 or (label is not None and label < 0):
             raise BadFact(f"{self}: tokens and labels must not be negative")
 

@@ -25,11 +25,12 @@ MODULES: Final = (
     "controllers.state",
     "controllers.sandbox.frames",
     "discovery.evaluation.replay",
+    "discovery.evaluation.traced_rounds",
 )
 """Modules that are compiled."""
 USED: Final = (
     *("controllers.actions", "controllers.errors", "controllers.limits", "controllers.signals", "controllers.voting"),
-    *("discovery.data.recordings", "discovery.errors"),
+    *("discovery.data.recordings", "discovery.data.traces", "discovery.errors"),
 )
 """Modules that they import. Compiled code contains their constants, so it fits only the same version of them."""
 PURE: Final = "AUTOTTS_PURE_PYTHON"

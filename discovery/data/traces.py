@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import json
 import zipfile
-from array import array
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from controllers import Action, Advanced, Fact, Limits, Probed, Round, State, Verb, advance, branch, probe
-from controllers.actions import PRUNE
 from controllers.loading import Spec
-from controllers.signals import pack_signals, unpack_signals
+from controllers.signals import unpack_signals
 from controllers.voting import mean_confidences
 from discovery.data.atomic_files import atomic_write
 from discovery.data.recordings import Cell, Recording
@@ -31,65 +28,15 @@ from discovery.data.safe_json import parse_json
 from discovery.errors import TraceError
 
 FORMAT = 1
-ADVANCED, PROBED = 0, 1
-NONE = -1
+ADVANCED: Final = 0
+PROBED: Final = 1
+"""Kinds of facts."""
+NONE: Final = -1
 """Stands for a missing label."""
 
 
-class FactNumbers(dict[int, int]):
-    """Numbers of facts, by the facts' `id()`. Nearly all facts are interned, and hashing them would cost more."""
-
-    def __init__(self) -> None:
-        self._facts: list[Fact] = []  # by number; the reference keeps a fact's id from being reused
-        self._finishes = bytearray()  # by number: whether the fact finishes its branch
-        self._next = 0
-
-    def __missing__(self, identity: int) -> int:
-        code = self[identity] = self._next
-        self._next += 1
-        return code
-
-    def encode(self, facts: Sequence[Fact]) -> tuple[NDArray[np.uint32], list[int]]:
-        """Return the numbers of some facts, and the positions among them at which branches finished."""
-        known_facts, finishes = self._facts, self._finishes
-        known = len(known_facts)
-        codes = np.frombuffer(array("I", map(self.__getitem__, map(id, facts))), np.uint32)
-        finished: list[int] = []
-        if self._next > known:
-            new = np.flatnonzero(codes >= known)
-            for at, code in zip(new.tolist(), codes[new].tolist(), strict=True):
-                if code == len(known_facts):
-                    fact = facts[at]
-                    known_facts.append(fact)
-                    finishes.append(type(fact) is Advanced and fact.finished)
-                if finishes[code]:  # such facts are not interned: forget the id, so that a later fact may reuse it
-                    finished.append(at)
-                    self.pop(id(facts[at]), None)
-        return codes, finished
-
-    @property
-    def table(self) -> NDArray[np.int64]:
-        """The facts by number: (facts, 6), with kind, branch, intervals, tokens, finished and label.
-
-        If any fact has signals, there is a seventh column with them.
-        """
-        advanced = [fact if type(fact) is Advanced else None for fact in self._facts]
-        columns: list[Sequence[int]] = [
-            [PROBED if fact is None else ADVANCED for fact in advanced],
-            [fact.branch for fact in self._facts],
-            [0 if fact is None else fact.intervals for fact in advanced],
-            [fact.tokens for fact in self._facts],
-            self._finishes,
-            [NONE if fact.label is None else fact.label for fact in self._facts],
-        ]
-        signals = [pack_signals(fact.confidence, getattr(fact, "lowest", None)) for fact in self._facts]
-        if any(signals):
-            columns.append(signals)
-        return np.stack([np.array(column, np.int64) for column in columns], axis=1)
-
-
 class TraceWriter:
-    """Collects the rounds of one job's episodes and writes them to a file."""
+    """Writes the file of one job's episodes."""
 
     def __init__(self, spec: Spec, beta: float, cell: Cell, recordings: Sequence[Recording]) -> None:
         self._about = {
@@ -104,66 +51,10 @@ class TraceWriter:
             "questions": [recording.question for recording in recordings],
         }
         self._folder = Path(cell.model, cell.benchmark, cell.split, f"{spec.name}-beta-{beta:g}")
-        self._codes = FactNumbers()
-        self._facts: list[NDArray[np.uint32]] = []
-        self._counts: list[int] = []  # facts of each round
-        self._repeated: list[int] = []  # how many of them are those of the round it refers to
-        self._asked: list[int] = []  # intervals requested of each branch as it finished
-        self._factless = array("q")  # actions without facts, five figures each: round, position, verb, branch, label
-        self._episodes: list[tuple[int, ...]] = []
 
-    def add(self, state: State, rounds: Sequence[Round], right: bool) -> None:
-        """Add the next episode, which ended as `state`."""
-        before = len(self._asked), len(self._factless)
-        facts: list[Fact] = []
-        starts: list[int] = []
-        repeated: list[int] = []
-        model: Sequence[Fact] = ()  # the last large round; the next one may begin with the same facts
-        for number, (actions, round_facts) in enumerate(rounds):
-            same = 0
-            if round_facts[: len(model)] == model:
-                same = len(model)
-                facts += round_facts[same:]
-            else:
-                facts += round_facts
-            starts.append(len(facts) - len(round_facts))
-            repeated.append(same)
-            if 2 * len(round_facts) > len(model):
-                model = round_facts
-            missing = len(actions) - len(round_facts)
-            for at, action in enumerate(actions) if missing else ():
-                if action.verb >= PRUNE:
-                    self._factless.extend((number, at, action.verb, action.branch, _number(action.label)))
-                    missing -= 1
-                    if not missing:
-                        break
-        codes, finished = self._codes.encode(facts)
-        for at in finished:
-            number = bisect_right(starts, at) - 1
-            actions, round_facts = rounds[number]
-            asking = (
-                actions if len(actions) == len(round_facts) else [action for action in actions if action.verb < PRUNE]
-            )
-            self._asked.append(asking[at - starts[number]].intervals)
-        self._facts.append(codes)
-        self._repeated += repeated
-        self._counts += [len(played.facts) for played in rounds]
-        grown = len(self._asked) - before[0], (len(self._factless) - before[1]) // 5
-        lengths = (len(rounds), len(facts), *grown)
-        self._episodes.append((*lengths, _number(state.answer), right, state.limits.max_branches))
-
-    def save(self, folder: Path, shuffles: range) -> Path:
-        """Write the file of the job that ran `shuffles`, below `folder`; it appears complete or not at all."""
+    def save(self, folder: Path, shuffles: range, columns: Mapping[str, NDArray[Any]]) -> Path:
+        """Write the columns of the job that ran `shuffles`, below `folder`; the file appears complete or not at all."""
         target = folder / self._folder / f"{shuffles.start:04d}.npz"
-        columns = {
-            "table": self._codes.table,
-            "facts": _small(self._facts),
-            "counts": np.array(self._counts, np.uint16),
-            "repeated": np.array(self._repeated, np.uint16),
-            "asked": np.array(self._asked, np.int32),
-            "factless": np.array(self._factless).reshape(-1, 5),
-            "episodes": np.array(self._episodes, np.int32).reshape(-1, 7),
-        }
         about = json.dumps(self._about | {"shuffles": [shuffles.start, shuffles.stop]})
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -172,15 +63,6 @@ class TraceWriter:
         with atomic_write(target) as file:
             np.savez(file, allow_pickle=False, about=np.array(about), **columns)
         return target
-
-
-def _small(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    joined: NDArray[Any] = np.concatenate([np.zeros(0, np.uint32), *parts])
-    return joined.astype(np.uint16 if joined.max(initial=0) < 1 << 16 else np.uint32)
-
-
-def _number(label: int | None) -> int:
-    return NONE if label is None else label
 
 
 def _fact(row: Sequence[int]) -> Fact:

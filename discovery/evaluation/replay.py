@@ -16,9 +16,8 @@ from controllers.actions import BRANCH, CONTINUE, PROBE
 from controllers.signals import NO_SIGNALS, combine
 from discovery.data.recordings import UNKNOWN, BranchRow, Recording
 from discovery.errors import BranchCensored
+from discovery.evaluation.traced_rounds import SHORT, probe_number, step_number
 
-SHORT: Final = 8
-"""Advances of fewer intervals are looked up instead of constructed."""
 NO_LABEL: Final = -1
 """In place of the label of an unreadable answer."""
 UNSEEN: Final = -2
@@ -190,7 +189,8 @@ class ReplayEnvironment:
         """Return the fact of a probe that shows a label for the first time. Those of smaller labels are created too."""
         known = self._probe_facts[index]
         for number in range(len(known) - 1, label + 1):
-            known.append(Probed(index, None if number == NO_LABEL else number, self._probe_tokens))
+            revealed = None if number == NO_LABEL else number
+            known.append(Probed(index, revealed, self._probe_tokens, number=probe_number(index, number)))
         return known[label + 1]
 
 
@@ -205,7 +205,13 @@ def _longest(facts: Sequence[Fact]) -> int:
 @lru_cache(maxsize=8)
 def _steps(delta: int, width: int) -> list[list[Advanced]]:
     """Return, by branch and intervals, the fact of an advance that did not finish the branch."""
-    return [[Advanced(i, intervals, intervals * delta, False) for intervals in range(SHORT)] for i in range(width)]
+    return [
+        [
+            Advanced(i, intervals, intervals * delta, False, number=step_number(i, intervals))
+            for intervals in range(SHORT)
+        ]
+        for i in range(width)
+    ]
 
 
 @lru_cache(maxsize=8)

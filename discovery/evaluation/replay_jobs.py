@@ -46,6 +46,7 @@ from controllers.voting import own_and_next
 from discovery.data.recordings import Cell, Recording
 from discovery.data.traces import TraceWriter
 from discovery.evaluation.replay import ReplayEnvironment, branch_order
+from discovery.evaluation.traced_rounds import RoundColumns, TracedRounds
 
 T = TypeVar("T")
 
@@ -132,7 +133,8 @@ class _EpisodeResult(NamedTuple):
     failure: str | None
     sudden: bool  # whether it failed because its process was late or died
     state: State
-    rounds: Sequence[Round]  # empty unless traces are written, or the episode is audited
+    rounds: Sequence[Round]  # empty unless the episode is audited
+    traced: TracedRounds | None  # None unless traces are written
     right: bool
 
 
@@ -165,20 +167,21 @@ def _rare_collections() -> Iterator[None]:
 
 def _run_job(job: Job, recordings: Sequence[Recording], rules: ReplayRules) -> JobResult:
     began = time.perf_counter()
-    table = _JobRunner(job, recordings, rules)
+    columns = None if rules.traces is None else RoundColumns(recordings[0].interval, rules.probe_tokens or 0)
+    table = _JobRunner(job, recordings, rules, columns)
     played = retry_disturbed(table.play_sealed) if rules.seal(job.spec) else table.play_here()
-    columns: list[list[int]] = []
+    figures: list[list[int]] = []
     failures: list[EpisodeFailure] = []
-    tracer = None if rules.traces is None else TraceWriter(job.spec, job.beta, job.cell, recordings)
     for (question, shuffle), outcome in zip(table.episodes, played, strict=True):
-        columns.append(outcome.column)
+        figures.append(outcome.column)
         if outcome.failure is not None:
             failures.append(EpisodeFailure(question, shuffle, outcome.failure))
-        if tracer is not None:
-            tracer.add(outcome.state, outcome.rounds, outcome.right)
-    if tracer is not None and rules.traces is not None:
-        tracer.save(rules.traces, job.shuffles)
-    by_episode = np.array(columns, np.int64).reshape(len(job.shuffles), len(recordings), len(OUTCOME_COLUMNS))
+        if columns is not None and outcome.traced is not None:
+            columns.add(outcome.traced, outcome.state, outcome.right)
+    if columns is not None and rules.traces is not None:
+        writer = TraceWriter(job.spec, job.beta, job.cell, recordings)
+        writer.save(rules.traces, job.shuffles, columns.arrays())
+    by_episode = np.array(figures, np.int64).reshape(len(job.shuffles), len(recordings), len(OUTCOME_COLUMNS))
     outcomes = np.ascontiguousarray(by_episode.transpose(2, 0, 1))
     return JobResult(outcomes, failures, time.perf_counter() - began)
 
@@ -223,11 +226,14 @@ def run_sandboxed(
 class _JobRunner:
     """Plays the episodes of a job: one after the other in this process, or together in sandbox processes."""
 
-    def __init__(self, job: Job, recordings: Sequence[Recording], rules: ReplayRules) -> None:
+    def __init__(
+        self, job: Job, recordings: Sequence[Recording], rules: ReplayRules, columns: RoundColumns | None = None
+    ) -> None:
         self.episodes = [(question, shuffle) for shuffle in job.shuffles for question in range(len(recordings))]
         self._job = job
         self._recordings = recordings
         self._rules = rules
+        self._columns = columns
 
     def play_here(self) -> Iterator[_EpisodeResult]:
         """Play every episode with the controller in this process, each as it is asked for: none is kept."""
@@ -335,7 +341,10 @@ class _JobRunner:
         )
         state = State(self._limits(recording, high_limits))
         rounds: list[Round] = []
-        on_round = (lambda _, played: rounds.append(played)) if keep or self._rules.traces is not None else None
+        traced = self._begin_trace(recording)
+        on_round = None if traced is None else traced.add
+        if keep:
+            on_round = partial(_keep_round, rounds, on_round)
         failure, sudden = None, False
         try:
             await run_episode(make_controller(), environment, state, on_round)
@@ -356,13 +365,28 @@ class _JobRunner:
             sum(votes.values()),
             *own_and_next(votes, state.answer),
         ]
-        return _EpisodeResult(column, failure, sudden, state, rounds, right)
+        return _EpisodeResult(column, failure, sudden, state, rounds, traced, right)
+
+    def _begin_trace(self, recording: Recording) -> TracedRounds | None:
+        return None if self._columns is None else self._columns.begin(recording.interval)
 
     def _failed(self, message: str, question: int) -> _EpisodeResult:
         """Return the result of an episode that never began."""
-        state = State(self._limits(self._recordings[question]))
+        recording = self._recordings[question]
+        state = State(self._limits(recording))
         state.end(Stop.CONTROLLER_ERROR)
-        return _EpisodeResult(_wrong([0] * len(OUTCOME_COLUMNS)), message, False, state, (), False)
+        return _EpisodeResult(
+            _wrong([0] * len(OUTCOME_COLUMNS)), message, False, state, (), self._begin_trace(recording), False
+        )
+
+
+def _keep_round(
+    rounds: list[Round], on_round: Callable[[State, Round], None] | None, state: State, played: Round
+) -> None:
+    """Keep a round, and pass it on to `on_round`."""
+    rounds.append(played)
+    if on_round is not None:
+        on_round(state, played)
 
 
 def _wrong(column: Sequence[int]) -> list[int]:
