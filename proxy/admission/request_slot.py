@@ -104,7 +104,7 @@ class PassthroughSlot(RequestSlot):
         self._count: Callable[[int, str], object] | None = count  # called once with the cost and its kind
 
     async def metered(self, response: Awaitable[Response]) -> Response:
-        """Await the upstream's `response`, and return it wrapped so that its end settles the cost."""
+        """Await the upstream's `response`, and return it, changed so that its end settles the cost."""
         self.due = self._bound.max_tokens or 0
         try:
             answered = await response
@@ -116,10 +116,10 @@ class PassthroughSlot(RequestSlot):
             self.due = 0
         elif self.due and isinstance(answered, StreamedResponse) and status < _REDIRECTION:
             bounded = BoundedReplyMeter(self._bound, is_stream=_is_event_stream(answered))
-            answered = answered.with_source(_metered(answered.source, self, bounded))
+            answered.source = _metered(answered.source, self, bounded)
         if self.caps.tokens is None and isinstance(answered, StreamedResponse):
             unbounded = UnboundedReplyMeter(is_stream=_is_event_stream(answered))
-            answered = answered.with_source(_metered(answered.source, self, unbounded))
+            answered.source = _metered(answered.source, self, unbounded)
         elif self.caps.tokens is None:
             self.settle(last_reported_tokens(bytes(answered.body[-TAIL_BYTES:])) or 0)
         return answered

@@ -127,8 +127,9 @@ class ForwardEndpoints:
         recent.add(ForwardedRequest(own, tenant, created, path, model, reason, status, client_id or None))
         recent.add_client_id(tenant, client_id, own)
         if isinstance(response, StreamedResponse):
-            return response.with_source(recent.noting_upstream_id(response.source, tenant, own))
-        recent.note_upstream_id(tenant, own, bytes(response.body))
+            response.source = recent.noting_upstream_id(response.source, tenant, own)
+        else:
+            recent.note_upstream_id(tenant, own, bytes(response.body))
         return response
 
 

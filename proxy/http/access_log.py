@@ -93,11 +93,11 @@ class _ResponseTiming:
             self.status = message["status"]
             self.headers = dict(message["headers"])
         elif message["type"] == "http.response.body":
-            now = time.perf_counter() - self.started
-            if self.first is None:
-                self.first = now
-            if not message.get("more_body"):
-                self.last = now
+            is_last = not message.get("more_body")
+            if self.first is None or is_last:
+                now = time.perf_counter() - self.started
+                self.first = now if self.first is None else self.first
+                self.last = now if is_last else None
 
     def finish(self, metrics: Any, state: Mapping[str, Any]) -> None:
         """Update the metrics and write the log line, with the key and the error's code in the request's `state`."""

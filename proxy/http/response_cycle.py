@@ -24,6 +24,9 @@ from proxy.errors import ApiError
 
 Header = tuple[bytes, bytes]
 
+SEND_PIECE: Final = "autotts.send_piece"
+"""ASGI extension: `ResponseCycle.send_piece`, which skips what middleware does for each message."""
+
 FAULTS: Final = logging.getLogger("uvicorn.error.edge")
 """Logger for uvicorn's own messages and failures of the app. Only errors: the protocol logs why it refuses requests."""
 FAULTS.setLevel(logging.ERROR)
@@ -57,6 +60,7 @@ class ResponseCycle:
         "_default_headers",
         "_head",
         "_is_chunked",
+        "_is_head_request",
         "_is_sent",
         "_left",
         "_transport",
@@ -105,12 +109,14 @@ class ResponseCycle:
         self._default_headers = default_headers
         self._is_sent = is_sent
         self._close = close
-        self._head = b""  # of a response with a body of known length: it is written together with the body
+        self._head = b""  # not written yet: it is written together with the first part of the body
+        self._is_head_request = scope["method"] == "HEAD"
         self._is_chunked = False
         self._left: int | None = 0  # bytes of the body that are announced and not yet sent; None: until the close
 
     async def run_asgi(self, app: ASGIApp) -> None:
         """Run the app on the request, and answer for it if it fails."""
+        self.scope["extensions"] = {SEND_PIECE: self.send_piece}
         try:
             await app(self.scope, self.receive, self.send)
         except BaseException as error:
@@ -121,7 +127,8 @@ class ResponseCycle:
                 FAULTS.error("ASGI callable returned without completing response.")
                 await self._end_failed()
         finally:
-            self.on_response = _do_nothing  # it refers to this object
+            self.on_response = _do_nothing  # it refers to this object, and so do the extensions
+            self.scope["extensions"] = {}
 
     async def receive(self) -> Message:
         """Return the next part of the request, or its disconnect, which also follows a complete response."""
@@ -142,6 +149,13 @@ class ResponseCycle:
         if self.flow.write_paused and not self.disconnected:
             return self._send_when_read(message)
         self._write(message)
+        return self._is_sent
+
+    def send_piece(self, piece: bytes) -> Awaitable[None]:
+        """Send a piece of the body that is neither its first nor its last. Await the result before the next piece."""
+        if self.flow.write_paused or self.disconnected or self.response_complete or not self.response_started:
+            return self.send({"type": "http.response.body", "body": piece, "more_body": True})
+        self._write_body(piece, is_last=False)
         return self._is_sent
 
     async def _send_when_read(self, message: Message) -> None:
@@ -185,25 +199,35 @@ class ResponseCycle:
             self._left = None if length is None else int(length)
         elif length is not None:
             self._left = int(length)
-        elif not self._is_chunked and scope["method"] != "HEAD" and status not in _WITHOUT_BODY:
+        elif not self._is_chunked and not self._is_head_request and status not in _WITHOUT_BODY:
             self._is_chunked = True
             lines.append(b"transfer-encoding: chunked\r\n")
         block = b"".join(lines)
         if block.count(b"\n") != len(lines) or not _LINES.fullmatch(block):
             raise RuntimeError("invalid name or value of a response header")
         head = b"%b%b\r\n" % (STATUS_LINE[status], block)
-        if length is not None and self._left and scope["method"] != "HEAD":
-            self._head = head
-        else:
+        if self._is_head_request or not (self._left or self._is_chunked):
+            self._transport.write(head)
+            return
+        self._head = head
+        if self._is_chunked:  # the body of a stream may begin much later
+            asyncio.get_running_loop().call_soon(self._write_pending_head)
+
+    def _write_pending_head(self) -> None:
+        head, self._head = self._head, b""
+        if head and not self.disconnected:
             self._transport.write(head)
 
     def _write_body(self, body: bytes, *, is_last: bool) -> None:
-        if self.scope["method"] == "HEAD":
+        if self._is_head_request:
             self._left = 0
         elif self._is_chunked:
             chunk = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
             if is_last:
                 chunk += b"0\r\n\r\n"
+            if self._head and chunk:
+                head, self._head = self._head, b""
+                chunk = head + chunk
             if chunk:
                 self._transport.write(chunk)
         else:
@@ -225,8 +249,7 @@ class ResponseCycle:
     async def _end_failed(self) -> None:
         """Answer with 500 if the app has not begun to answer. Otherwise close the connection."""
         if self.response_started:
-            if self._head:
-                self._transport.write(self._head)
+            self._write_pending_head()
             self._close()
             return
         length = str(len(_FAILURE)).encode()

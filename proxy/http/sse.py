@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, suppress
-from copy import copy
 from typing import Any, Final, TypeVar
 
 from starlette.responses import Response
@@ -15,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from proxy import errors
 from proxy.http import graceful_shutdown
+from proxy.http.response_cycle import SEND_PIECE
 from proxy.upstream.body_tap import BodySink, BodySource
 
 T = TypeVar("T")
@@ -23,6 +23,8 @@ N = TypeVar("N")
 PING: Final = b": ping\n\n"
 """Server-sent comment. It keeps intermediaries from closing a silent stream."""
 DONE: Final = b"data: [DONE]\n\n"
+
+BodyPieces = Callable[[bytes], Awaitable[None]]
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ class StreamedResponse(Response):
         headers: Mapping[str, str] | None = None,
         media_type: str | None = "text/event-stream",
     ) -> None:
-        self.source = source
+        self.source = source  # may be replaced until the response is sent
         self.context = context  # of the source; exited when the body is complete or cannot be sent
         self.status_code = status_code
         self.media_type = media_type
@@ -108,18 +110,19 @@ class StreamedResponse(Response):
 
         return cls(send_events, aclosing(source), headers=headers)
 
-    def with_source(self, source: BodySource) -> StreamedResponse:
-        """Return a response with the same head and another body."""
-        response = copy(self)
-        response.source = source
-        return response
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(ClientDisconnected):
-            await cancel_on_disconnect(receive, self._send(send))
+            await cancel_on_disconnect(receive, self._send(scope, send))
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, scope: Scope, send: Send) -> None:
+        send_piece: BodyPieces | None = scope.get("extensions", {}).get(SEND_PIECE)
+        has_begun = False
+
         def sink(piece: bytes, is_last: bool) -> Awaitable[None]:
+            nonlocal has_begun
+            if has_begun and not is_last and send_piece is not None:
+                return send_piece(piece)
+            has_begun = True
             return send({"type": "http.response.body", "body": piece, "more_body": not is_last})
 
         try:

@@ -91,7 +91,8 @@ def with_tts_member(response: Response, tts: Mapping[str, Any]) -> Response:
         return response
     inserter = _MemberInserter(tts, is_stream=is_stream)
     if isinstance(response, StreamedResponse):
-        return response.with_source(_inserting(response.source, inserter))
+        response.source = _inserting(response.source, inserter)
+        return response
     response.body = inserter.take(bytes(response.body)) + inserter.flush()
     response.headers["content-length"] = str(len(response.body))
     return response

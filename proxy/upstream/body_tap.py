@@ -176,6 +176,9 @@ def start_eagerly(work: Awaitable[None]) -> Awaitable[None] | None:
 
     A new task would begin at the next turn of the event loop, which under load is milliseconds later.
     """
+    if isinstance(work, asyncio.Future) and work.done():
+        work.result()
+        return None
     steps = work.__await__()
     try:
         awaited = next(steps)

@@ -33,7 +33,10 @@ class Exchange:
     def __init__(self, *, method: str = "GET", version: str = "1.1", expects_continue: bool = False) -> None:
         self.events: list[str] = []
         self.transport = RecordingTransport()
-        flow = SimpleNamespace(write_paused=False, resume_reading=lambda: None)
+        self.is_read = asyncio.Event()  # set when a client that has paused reads again
+        self.flow = flow = SimpleNamespace(
+            write_paused=False, resume_reading=lambda: None, drain=lambda: self.is_read.wait()
+        )
         is_sent = asyncio.get_running_loop().create_future()
         is_sent.set_result(None)
         self.cycle = ResponseCycle(
@@ -55,6 +58,17 @@ class Exchange:
     async def go_on(self, body: bytes, *, is_last: bool = False) -> None:
         """Send a piece of the body of the response."""
         await self.cycle.send({"type": "http.response.body", "body": body, "more_body": not is_last})
+
+    async def send_piece(self, piece: bytes) -> None:
+        """Send a piece of the body past the middleware."""
+        await self.cycle.send_piece(piece)
+
+    async def turn(self) -> None:
+        """Wait until all callbacks have run that are due now."""
+        loop = asyncio.get_running_loop()
+        due = loop.create_future()
+        loop.call_soon(due.set_result, None)
+        await due
 
     @property
     def written(self) -> list[bytes]:
@@ -84,7 +98,6 @@ async def test_a_head_is_written_with_a_body_of_known_length() -> None:
     ("method", "version", "headers", "status", "line"),
     [
         ("GET", "1.1", length(0), 200, b"content-length: 0\r\n"),
-        ("GET", "1.1", (), 200, b"transfer-encoding: chunked\r\n"),
         ("GET", "1.1", (), 204, b""),
         ("GET", "1.0", (), 200, b"connection: close\r\n"),
         ("HEAD", "1.1", length(5), 200, b"content-length: 5\r\n"),
@@ -114,10 +127,46 @@ async def test_a_head_whose_body_never_comes_is_written_before_the_connection_cl
 async def test_a_body_of_unknown_length_is_sent_in_chunks() -> None:
     exchange = Exchange()
     await exchange.begin()
-    for piece in (b"abc", b""):
+    for piece in (b"", b"abc", b""):
         await exchange.go_on(piece)
+    await exchange.send_piece(b"f")
     await exchange.go_on(b"de", is_last=True)
-    assert exchange.written[1:] == [b"3\r\nabc\r\n", b"2\r\nde\r\n0\r\n\r\n"]
+    await exchange.turn()
+    first = HEAD + b"transfer-encoding: chunked\r\n\r\n3\r\nabc\r\n"
+    assert exchange.written == [first, b"1\r\nf\r\n", b"2\r\nde\r\n0\r\n\r\n"]
+
+
+async def test_the_head_of_a_body_in_chunks_waits_for_none_of_them() -> None:
+    exchange = Exchange()
+    await exchange.begin()
+    assert exchange.written == []
+    await exchange.turn()
+    head = HEAD + b"transfer-encoding: chunked\r\n\r\n"
+    assert exchange.written == [head]
+    await exchange.go_on(b"a", is_last=True)
+    assert exchange.written == [head, b"1\r\na\r\n0\r\n\r\n"]
+
+
+async def test_nothing_is_written_to_a_client_that_has_left() -> None:
+    exchange = Exchange()
+    await exchange.begin()
+    exchange.cycle.disconnected = True
+    await exchange.send_piece(b"abc")
+    await exchange.turn()
+    assert exchange.written == []
+
+
+async def test_a_piece_waits_for_a_client_that_does_not_read() -> None:
+    exchange = Exchange()
+    await exchange.begin()
+    await exchange.go_on(b"a")
+    exchange.flow.write_paused = True
+    sending = asyncio.ensure_future(exchange.cycle.send_piece(b"b"))
+    await exchange.turn()
+    assert len(exchange.written) == 1
+    exchange.is_read.set()
+    await sending
+    assert exchange.written[1:] == [b"1\r\nb\r\n"]
 
 
 async def test_a_body_of_unknown_length_ends_with_the_connection_in_http_1_0() -> None:
@@ -152,12 +201,16 @@ async def test_messages_in_a_wrong_order_are_an_error() -> None:
     exchange = Exchange()
     with pytest.raises(RuntimeError, match=r"expected ASGI message 'http\.response\.start'"):
         await exchange.go_on(b"a")
+    with pytest.raises(RuntimeError, match=r"expected ASGI message 'http\.response\.start'"):
+        await exchange.send_piece(b"a")
     await exchange.begin()
     with pytest.raises(RuntimeError, match=r"expected ASGI message 'http\.response\.body'"):
         await exchange.begin()
     await exchange.go_on(b"a", is_last=True)
     with pytest.raises(RuntimeError, match="the response is complete"):
         await exchange.go_on(b"a")
+    with pytest.raises(RuntimeError, match="the response is complete"):
+        await exchange.send_piece(b"a")
 
 
 async def test_an_app_that_fails_is_answered_for() -> None:
