@@ -101,9 +101,9 @@ class FairQueue:
         if permit.granted.is_set():
             self.mean_s += MEAN_WEIGHT * (asyncio.get_running_loop().time() - permit.since - self.mean_s)
             self.in_flight -= 1
-            self.taken[holder] -= 1
-            if not self.taken[holder]:
-                del self.taken[holder]
+            left = self.taken.pop(holder) - 1  # a Counter's own methods for missing and deleted keys are slow
+            if left:
+                self.taken[holder] = left
         else:
             self._remove(permit)
         self.grant_free(None if was_full else holder)  # a removed permit may have blocked later ones of its holder
@@ -121,7 +121,7 @@ class FairQueue:
         If a change can let only one `holder` run, it is named, so that others that wait for their own limits are not
         looked at.
         """
-        while self.in_flight < self.places:
+        while self._waiting and self.in_flight < self.places:
             queues = self._waiting.values() if holder is None else [self._waiting.get(holder, ())]
             first = (next((permit for permit in queue if permit.is_ready), None) for queue in queues)
             permit = next(
@@ -138,7 +138,7 @@ class FairQueue:
 
     def _grant(self, permit: Permit) -> None:
         self.in_flight += 1
-        self.taken[permit.holder] += 1
+        self.taken[permit.holder] = self.taken.get(permit.holder, 0) + 1
         permit.since = asyncio.get_running_loop().time()
         permit.granted.set()
 

@@ -134,7 +134,7 @@ class GenerationEndpoints:
     def _resolve_beta(
         self, request: Request, parsed: GenerationRequest, model: Model, alias: float | None
     ) -> EffectiveBeta | None:
-        beta.check_headers(request.headers)
+        beta.check_headers(request.scope["headers"])
         betas = self._service.betas
         target = None if parsed.tts.target_tokens is None else partial(betas.beta_for_tokens, model.id, parsed.tts)
         return beta.resolve(

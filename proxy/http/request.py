@@ -21,6 +21,10 @@ class IndexedHeaders(Headers):
         value = self._first.get(key.lower().encode("latin-1"))
         return default if value is None else value.decode("latin-1")
 
+    def getlist(self, key: str) -> list[str]:
+        """Return all values of a header."""
+        return super().getlist(key) if key.lower().encode("latin-1") in self._first else []
+
 
 class PlainState(State):
     """State whose values are plain attributes. starlette's finds each by a failed search for an attribute."""

@@ -53,6 +53,7 @@ UNSERVED_PATHS: Final[Mapping[str, str]] = MappingProxyType(
 _REQUEST_HEADERS: Final = ("content-type", "accept")
 _RESPONSE_HEADERS: Final = ("content-type", "retry-after")
 _ERROR: Final = int(HTTPStatus.BAD_REQUEST)
+_WITHOUT_BODY: Final = frozenset({int(HTTPStatus.NO_CONTENT), int(HTTPStatus.NOT_MODIFIED)})
 
 
 MAX_BUFFERED_BYTES: Final = 64 * 2**10
@@ -90,12 +91,24 @@ async def forward(
             content = await read_short_body(upstream, engine.read_timeout_s)
         if is_error:
             content = as_openai_error(upstream.status, content)
-        return Response(content, upstream.status, {"cache-control": "no-cache", **kept, **headers})
+        return BufferedResponse(content, upstream.status, {"cache-control": "no-cache", **kept, **headers})
 
     async def source(sink: BodySink) -> None:
         await stream_body(upstream, sink, engine.read_timeout_s)
 
     return StreamedResponse(source, exchange, status_code=upstream.status, headers={**kept, **headers}, media_type=None)
+
+
+class BufferedResponse(Response):
+    """Response with a whole body. The names of its headers are in lower case, so starlette need not look for them."""
+
+    def __init__(self, content: bytes, status_code: int, headers: Mapping[str, str]) -> None:
+        self.body = content
+        self.status_code = status_code
+        self.background = None
+        length = {} if status_code in _WITHOUT_BODY else {"content-length": str(len(content))}
+        sent = {**headers, **length}
+        self.raw_headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in sent.items()]
 
 
 class _Entered(AbstractAsyncContextManager[None]):

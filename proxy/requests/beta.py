@@ -16,8 +16,9 @@ from proxy.errors import BadRequest, clipped
 from proxy.types import BetaSource, EffectiveBeta
 
 HEADER: Final = "x-tts-beta"
+_HEADER_NAME: Final = HEADER.encode()
 
-HEADER_PREFIX: Final = "x-tts-"
+HEADER_PREFIX: Final = b"x-tts-"
 """Prefix of the proxy's headers. Of these, requests may only send HEADER."""
 
 NO_EFFORT: Final = "none"
@@ -40,11 +41,11 @@ def _parse(text: str, param: str, name: str | None = None) -> float:
         raise BadRequest(str(error), param=param, code="bad_beta") from None
 
 
-def check_headers(names: Iterable[str]) -> None:
+def check_headers(headers: Iterable[tuple[bytes, bytes]]) -> None:
     """Raise BadRequest for a header of a request that would be ignored, such as a misspelt one."""
-    for name in names:
-        if name.startswith(HEADER_PREFIX) and name != HEADER:
-            shown = clipped(name, 80)
+    for name, _ in headers:
+        if name.startswith(HEADER_PREFIX) and name != _HEADER_NAME:
+            shown = clipped(name.decode("latin-1"), 80)
             message = f"{shown}: there is no such header; send {HEADER}, or other options in the body's object tts"
             raise BadRequest(message, param=shown)
 

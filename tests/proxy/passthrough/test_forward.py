@@ -7,7 +7,9 @@ from typing import Any
 
 import aiohttp
 import pytest
+from starlette.responses import Response
 
+from proxy.passthrough.forward import BufferedResponse
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import MODEL, FakeVLLM
@@ -148,3 +150,11 @@ async def test_a_default_beta_is_not_applied_to_greedy_requests() -> None:
                 assert response.headers["x-tts-reason"] == "temperature"
         sent = {name.lower(): value for name, value in backend.headers[-1].items()}
         assert (sent["authorization"], sent["accept-encoding"]) == ("Bearer k", "identity")
+
+
+@pytest.mark.parametrize("status", [200, 204, 304, 404])
+def test_a_short_response_has_the_head_that_starlette_would_give_it(status: int) -> None:
+    headers = {"cache-control": "no-cache", "content-type": "text/plain"}
+    ours, theirs = BufferedResponse(b"", status, headers), Response(b"", status, headers)
+    assert (ours.status_code, ours.raw_headers) == (theirs.status_code, theirs.raw_headers)
+    assert ours.headers == theirs.headers
