@@ -188,7 +188,7 @@ def test_the_proxy_accepts_the_settings(
     file.write_text(mounted.replace(CONTROLLERS, str(tmp_path)))
     assert tomllib.loads(file.read_text()).keys() == CASES[case].get("settings", {}).keys()
     for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+        monkeypatch.setenv(name, value.replace("/data/", f"{tmp_path}/"))  # the volume, a folder that must exist
     settings, sources = configure(file, {})
     assert settings.port == container["ports"][0]["containerPort"]
     assert settings.record is (case != "full")
