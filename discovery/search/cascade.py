@@ -159,9 +159,7 @@ class Cascade:
     def judge(self, candidates: Sequence[Candidate], known: Sequence[CandidateVerdict]) -> list[CandidateVerdict]:
         """Return a verdict for each candidate; `known` are all earlier verdicts.
 
-        Judging several at once gives the same verdicts as judging them one by one.
-
-        Raises EngineError, SandboxUnavailable.
+        Several at once get the same verdicts as one by one. Raises EngineError, SandboxUnavailable.
         """
         verdicts = self._check_all(candidates, known)
         stages = self._stages()
@@ -181,6 +179,8 @@ class Cascade:
                 score = self.score(outcome, stage.trial)
                 verdicts[at] = stage.noted(verdicts[at], score)
                 reason = "" if candidates[at].explorer == BASELINE else stage.reason(score, earlier)
+                if not reason and isinstance(stage, Rung) and stage is stages[-1]:
+                    reason = stage.twin(verdicts[at], [*known, *(verdicts[other] for other in range(at))])
                 earlier.append(score)
                 if reason:
                     verdicts[at] = replace(verdicts[at], failure=reason)

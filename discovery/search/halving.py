@@ -1,15 +1,15 @@
 """Successive halving over branch orders, and checks of the kernel against controller files.
 
 Candidates are tried under few orders first, and those that pass under the orders that follow. Each trial keeps the best
-third of all that have reached it so far, as asynchronous successive halving does (ASHA, arXiv 1810.05934). All
-candidates get the same orders, so that chance favours none. The questions stay the same, because a part of them is
-easier or harder than the whole.
+third of all that have reached it so far, as asynchronous successive halving does (ASHA, arXiv 1810.05934). Of several
+with equal scores in every trial, the first alone gets to the last. All candidates get the same orders, so that chance
+favours none. The questions stay the same, because a part of them is easier or harder than the whole.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -65,6 +65,18 @@ class Rung(NamedTuple):
             return ""
         orders = len(self.trial.shuffles)
         return f"scored {score:.2f} under {orders} branch orders, {better} of {tried - 1} better; not tried under more"
+
+    def twin(self, verdict: CandidateVerdict, earlier: Iterable[CandidateVerdict]) -> str:
+        """Return why a candidate that plays like an earlier one is dropped; empty if there is none.
+
+        Their scores are means over many episodes, so they are equal in every trial only if the candidates differ in
+        nothing that matters here.
+        """
+        twin = next((other for other in earlier if other.rungs[: self.number + 1] == verdict.rungs), None)
+        if twin is None:
+            return ""
+        orders = len(self.trial.shuffles)
+        return f"scores exactly like {twin.digest[:12]} under {orders} branch orders; not tried under more"
 
 
 class Check:

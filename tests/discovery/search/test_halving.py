@@ -58,6 +58,14 @@ def test_the_first_candidates_pass_until_there_are_enough() -> None:
     assert RUNG.reason(0.0, list(range(1, 9)))
 
 
+def test_a_candidate_with_the_scores_of_an_earlier_one_is_its_twin() -> None:
+    rung, earlier = RUNG._replace(number=1), CandidateVerdict("e" * 64, rungs=(3.5, 4.0, 5.0))
+    assert rung.twin(CandidateVerdict("d", rungs=(3.5, 4.25)), [CandidateVerdict("c"), earlier]) == ""
+    assert rung.twin(CandidateVerdict("d", rungs=(3.5, 4.0)), [CandidateVerdict("c"), earlier]) == (
+        "scores exactly like eeeeeeeeeeee under 2 branch orders; not tried under more"
+    )
+
+
 def test_a_rung_notes_its_score_in_the_verdict() -> None:
     verdict = CandidateVerdict("d")
     assert RUNG.reached(verdict) is None
@@ -200,6 +208,21 @@ def test_verdicts_of_halving_do_not_depend_on_batches(cascade: Cascade, monkeypa
     for candidate in CANDIDATES:
         apart += cascade.judge([candidate], apart)
     assert apart == together
+
+
+@pytest.mark.process
+def test_of_candidates_that_play_alike_the_first_alone_is_tried_to_the_end(
+    arenas: tuple[TrialPool, TrialPool],
+) -> None:
+    """They differ in the fixed episodes, which have more branches than the recordings here."""
+    hasty = "def decide(self, state):\n        if state.limits.max_branches > 60 and state.labels: return [answer(0)]\n"
+    alike = [written(GOOD), written(GOOD.replace("def decide(self, state):\n", hasty))]
+    together = Cascade(*arenas, PLAN).judge(alike, [])
+    assert together[0].score is not None
+    assert together[1].failure.startswith(f"scores exactly like {together[0].digest[:12]} under 2 branch orders")
+    assert together[0].rungs == together[1].rungs
+    assert together[1].score is None
+    assert Cascade(*arenas, PLAN).judge(alike[1:], together[:1]) == together[1:]
 
 
 @pytest.mark.process
