@@ -98,8 +98,8 @@ NOT_RUN: Final = {
     "autotts calibrate --recordings ../shared/replay/autotts --betas 0.5 --shuffles 5 --out agreement.json": (
         "needs the public recordings"
     ),
-    "autotts discover --recordings ../shared/replay/autotts --explorer grammar --minutes 4 --probe-tokens 20 "
-    "--benchmarks aime24 --seed 1": "searches for four minutes on the public recordings",
+    "autotts discover --recordings ../shared/replay/autotts --explorer grammar --minutes 20 --probe-tokens 20 "
+    "--benchmarks aime24 --workers 1 --seed 1": "searches for twenty minutes on the public recordings",
     "autotts discover --recordings ../shared/replay/autotts --explorer grammar --minutes 20 --probe-tokens 20 "
     "--seed 1": "needs the public recordings and 20 minutes",
     "autotts discover --recordings autotts.db --explorer llm --llm llm.json --rounds 20 --budget-usd 5 --out run-llm": (
