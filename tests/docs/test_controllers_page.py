@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -32,3 +33,16 @@ def test_each_part_of_the_state_on_the_page_exists(name: str) -> None:
 def test_the_page_names_every_module_that_a_controller_may_import() -> None:
     rules = PAGE.split("- Imports:")[1].split("- No files")[0]
     assert set(re.findall(r"`([a-z]+)`", rules)) == set(IMPORTS) - {"__future__"}
+
+
+def test_the_page_lists_the_helpers_that_explorers_are_told() -> None:
+    module, listed = "", {}
+    for line in PAGE.partition("## Helpers")[2].partition("\n## ")[0].splitlines():
+        named = re.match(r"\| (?:`(controllers\.\w+)`)? ?\| (`.*?\)`)", line)
+        if named:
+            module = named[1] or module
+            for function in re.findall(r"`(\w+)\(", named[2] + line):
+                assert callable(getattr(importlib.import_module(module), function))
+                listed[function] = module
+    told = prompt._API.partition("Helpers:")[2]
+    assert set(listed) == set(re.findall(r"`(\w+)\(", told))
