@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 COLOURS: Final = ("#2563eb", "#b45309", "#059669", "#dc2626", "#7c3aed", "#475569", "#db2777", "#65a30d")
 LABEL_SIZE: Final = 8
 """Height of the labels of points."""
+MARKERS: Final = "os^Dv"
+"""Shapes of points; another one for each round of the colours."""
+ENTRY_INCHES, LETTER_INCHES = 0.6, 0.07
+"""Widths in a legend: of an entry without its text, and of a letter."""
 STEPS: Final = 40
 """Points of the line between two settings."""
 
@@ -68,6 +72,7 @@ def draw_frontiers(panels: Mapping[str, Panel], path: Path) -> None:
     figure = Figure(figsize=(max(7.0, 4.5 * columns), 4.2 * rows + 0.3), layout="constrained")
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
+    markers = {name: MARKERS[number // len(COLOURS) % len(MARKERS)] for number, name in enumerate(names)}
     handles: dict[str, ErrorbarContainer] = {}
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(panels) :]:
@@ -79,7 +84,7 @@ def draw_frontiers(panels: Mapping[str, Panel], path: Path) -> None:
                 tokens,
                 percents,
                 errors,
-                marker="o" if len(points) > 1 else "s",
+                marker=markers[name],
                 markersize=5,
                 capsize=2,
                 elinewidth=1,
@@ -94,7 +99,8 @@ def draw_frontiers(panels: Mapping[str, Panel], path: Path) -> None:
         label_tokens(axes)
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
-    columns = min(len(names), 4 * columns)
+    wide = ENTRY_INCHES + LETTER_INCHES * max(map(len, names))
+    columns = max(1, min(len(names), int(figure.get_figwidth() / wide)))
     figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=columns, fontsize=8)
     figure.draw_without_rendering()  # the layout is final only now, and labels are placed by it
     for axes, lines in zip(grid.flat, panels.values(), strict=False):
