@@ -177,6 +177,7 @@ class RequestSlots:
         caller: Caller = request.state.caller
 
         def count(tokens: int, kind: str) -> None:
+            request.state.passed_tokens = tokens  # for the access log
             self._metrics.child(self._metrics.tokens, model, "", "", kind).inc(tokens)
 
         bound = GENERATES_NOTHING if bound is None else bound

@@ -125,7 +125,7 @@ class _ResponseTiming:
             "controller": self._header(b"x-tts-controller"),
             "beta": _number(self._header(b"x-tts-beta")),
             "stop": self._header(b"x-tts-stop"),
-            "tokens": _number(self._header(b"x-tts-tokens")),
+            "tokens": state.get("passed_tokens", _number(self._header(b"x-tts-tokens"))),
         }
         facts = {name: value for name, value in fields.items() if value is not None}
         logger.info("%s %s %s", self.method, self.path, self.status, extra={"facts": facts})

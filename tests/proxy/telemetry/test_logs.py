@@ -18,7 +18,7 @@ from proxy.admission.api_keys import key_file_entry
 from proxy.server import running
 from proxy.settings import Settings, load
 from proxy.telemetry.logs import ACCESS_LOGGER, MASK, configure_logging, request_id
-from tests.fakes import FakeVLLM
+from tests.fakes import MODEL, Chain, FakeVLLM, RawUpstream
 from tests.proxy.conftest import SMALL
 
 SECRET = "sesame-open"
@@ -93,6 +93,31 @@ async def test_the_access_log_names_the_key_and_the_code_of_the_error(backend: F
     assert (refused["status"], refused["key"], refused["code"]) == (400, "ada", "cap_too_small")
     assert (unknown["status"], unknown["code"], "key" in unknown) == (401, "invalid_api_key", False)
     assert (forbidden["key"], forbidden["code"]) == ("ada", "admin_only")
+
+
+async def test_the_access_log_has_the_tokens_of_forwarded_requests(backend: FakeVLLM) -> None:
+    settings = load(upstream=backend.url, log="json", **SMALL)
+    written = logged(settings)
+    backend.chains = [Chain("t" * 300)]
+    body = {"model": MODEL, "prompt": [ord("t")], "max_tokens": 40, "n": 2, "stream": True}
+    async with running(settings) as url, aiohttp.ClientSession() as http:
+        async with http.post(f"{url}/v1/completions", json=body) as response:
+            await response.read()
+        async with http.get(f"{url}/v1/models") as response:
+            await response.read()
+    streamed, models = (line for line in lines(written) if line["logger"] == ACCESS_LOGGER)
+    assert (streamed["applied"], streamed["tokens"]) == ("false", 80)
+    assert "tokens" not in models
+    raw = RawUpstream(
+        [json.dumps({"usage": {"prompt_tokens": 9, "completion_tokens": 42, "total_tokens": 51}}).encode()]
+    )
+    written = logged(settings)
+    async with raw.serve() as upstream, running(load(upstream=upstream.url)) as url, aiohttp.ClientSession() as http:
+        chat = {"model": MODEL, "messages": [{"role": "user", "content": "x"}]}
+        async with http.post(f"{url}/v1/chat/completions", json=chat) as response:
+            await response.read()
+    (whole,) = (line for line in lines(written) if line["logger"] == ACCESS_LOGGER)
+    assert whole["tokens"] == 42
 
 
 def test_secrets_are_masked_in_json_and_plain_logs() -> None:
