@@ -16,6 +16,8 @@ NOT_RUN: Final = {
     "make run UPSTREAM=http://gpu-machine:8000": "tests/docs/test_make.py runs it",
     "make test": "runs these tests itself",
     "make compile": "takes a minute; tests/controllers/core compiles a copy of the checkout",
+    "make bench ARGS=rivals": "takes a quarter of an hour; tests/test_bench.py runs every part at its smallest size",
+    "make bench PEERS=1 ARGS=edge": "installs other proxies; tests/test_bench.py runs the part at its smallest size",
     'make bench ARGS="edge own"': "takes minutes; tests/test_bench.py runs every part at its smallest size",
     "python -m tests.bench.request_profile forwarded": "tests/test_bench.py runs it",
     "python -m tests.bench.request_profile controlled": "tests/test_bench.py runs it",
