@@ -15,7 +15,7 @@ from tests.faults.processes import until
 from tests.soak.measurements import HealthProbe, p99_ms
 from tests.soak.relay import FAULTS, Relay
 from tests.soak.run import SoakReport, tracebacks
-from tests.soak.traffic import CHAT, Client, Kind, Tally, last_event
+from tests.soak.traffic import BAD, CHAT, Client, Kind, Tally, last_event
 
 ASKED = Kind("chat", CHAT, {})
 
@@ -57,6 +57,14 @@ def test_a_client_notices_wrong_bills_repeated_ids_and_errors_without_a_message(
     assert judged(503, {"error": {"message": "the upstream failed"}}).faults == []
     assert "without a message" in judged(503, {}).faults[0]
     assert "a bad request got 200" in judged(200, reply(3), ASKED._replace(bad=True)).faults[0]
+
+
+def test_what_a_broken_upstream_sends_for_a_forwarded_request_is_no_fault_of_the_proxy() -> None:
+    kinds = {kind.name: kind for kind in BAD}
+    assert judged(200, {"x": "<html>"}, kinds["no messages"]).faults == []  # forwarded, because it has no β
+    assert "a bad request got 200" in judged(200, {"x": "<html>"}, kinds["beta of 7"]).faults[0]
+    assert "a bad request got 200" in judged(200, {"x": "<html>"}, kinds["not JSON"]).faults[0]
+    assert "a bad request got 200" in judged(200, {"x": "empty"}, kinds["no messages"]).faults[0]
 
 
 def test_the_report_notices_requests_that_did_not_end() -> None:

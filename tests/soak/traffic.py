@@ -175,7 +175,8 @@ class Client:
 
     def _note(self, kind: Kind, fault: str) -> None:
         """Note a fault, unless the upstream's own bytes, or their lack, are passed through as they must be."""
-        is_spoilt = "tts" not in kind.fields and not kind.bad and ("Payload" in fault or "<html>" in fault)
+        is_forwarded = "tts" not in kind.fields and kind.raw is None
+        is_spoilt = is_forwarded and ("Payload" in fault or "<html>" in fault)
         if not is_spoilt:
             self._tally.faults.append(f"{kind.name}: {fault}")
 
