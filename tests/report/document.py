@@ -10,6 +10,7 @@ from signal import Signals
 from typing import Final
 
 from tests.bench.__main__ import HEADINGS, machine, markdown_table
+from tests.readability import ROOT
 from tests.report.aims import AimOutcome, outcomes
 from tests.report.measuring import SectionResult
 from tests.report.quotes import anchor
@@ -126,4 +127,5 @@ def _section(section: Section, result: SectionResult, picture: str | None) -> li
 
 
 def _trimmed(text: str) -> str:
-    return "\n".join(line.rstrip() for line in text.strip("\n").splitlines())
+    """Return a command's output without blanks at the ends of lines, and with paths relative to this checkout."""
+    return "\n".join(line.rstrip() for line in text.strip("\n").replace(f"{ROOT}/", "").splitlines())
