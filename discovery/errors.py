@@ -118,6 +118,11 @@ class CollectError(DiscoveryError):
     """Collecting cannot continue; the message says what to do. The file stays valid."""
 
 
+def install_hint(extra: str) -> str:
+    """Return how to install an extra of this package."""
+    return f"pip install '.[{extra}]' in a checkout"
+
+
 def unknown_field(name: str, known: Iterable[str]) -> str:
     """Return the message about a field that does not exist, with the nearest known field and all of them."""
     names = list(known)

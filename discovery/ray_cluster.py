@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from controllers.errors import ControllersError
-from discovery.errors import DiscoveryError, EngineError
+from discovery.errors import DiscoveryError, EngineError, install_hint
 from discovery.worker_pool import translate_errors
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def ray_connection(address: str | None, workers: int) -> Iterator[int]:
     try:
         import ray
     except ImportError:
-        raise EngineError("--engine ray needs Ray: pip install '.[ray]' in a checkout") from None
+        raise EngineError(f"--engine ray needs Ray: {install_hint('ray')}") from None
     with ExitStack() as stack:
         if not ray.is_initialized():
             options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}

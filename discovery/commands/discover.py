@@ -37,7 +37,7 @@ from discovery.commands.store import with_store
 from discovery.data.atomic_files import atomic_write
 from discovery.data.recordings import Cell, Recording, Split
 from discovery.data.traces import trace_files
-from discovery.errors import ExplorerError
+from discovery.errors import ExplorerError, install_hint
 from discovery.evaluation.engines import EngineName, JobPool, make_job_pool
 from discovery.evaluation.evaluate import AnswerComparison, each_scorable, read_scorable_cell
 from discovery.evaluation.replay_jobs import ReplayRules
@@ -51,16 +51,7 @@ from discovery.search.fixed_recordings import fixed_recordings
 from discovery.search.halving import FEWEST_ORDERS, last_orders, rungs_below
 from discovery.search.history import History
 from discovery.search.kernel.jit import is_available
-from discovery.search.loop import (
-    FINAL_BETAS,
-    Digester,
-    Finalist,
-    SearchLimits,
-    SearchLoop,
-    card,
-    final_shuffles,
-    read_pairs,
-)
+from discovery.search.loop import Digester, Finalist, SearchLimits, SearchLoop, card, final_shuffles, read_pairs
 from discovery.search.prompt import SYSTEM, USER, join_blocks
 from discovery.search.trace_digest import digest_traces
 from discovery.search.trial_pool import KEPT_CELLS, TrialPool, TrialSettings, can_be_probed
@@ -226,12 +217,10 @@ def choose_runner(explorer: ExplorerName, tune: bool, kernel: bool | None) -> bo
         return False
     available = is_available()
     if kernel and not available:
-        raise ExplorerError("--kernel needs numba: pip install '.[search]' in a checkout")
+        raise ExplorerError(f"--kernel needs numba: {install_hint('search')}")
     if not available:
-        log.warning(
-            "candidates are played by the Python runner; the extra `search` is much faster: "
-            "pip install '.[search]' in a checkout"
-        )
+        slow = "candidates are played by the Python runner; the extra `search` is much faster: %s"
+        log.warning(slow, install_hint("search"))
     return available
 
 
@@ -361,7 +350,7 @@ def _write_finalist(run: SearchLoop, finalist: Finalist, out: Path, settings: Ma
     console = wide_console()
     console.print(_leaders(run))
     console.print(f"answer comparison: {settings['answers']}", highlight=False)
-    orders = f"{len(FINAL_BETAS)} β in {final_shuffles(settings['questions'])} new branch orders"
+    orders = f"{len(finalist.curves[0].points)} β in {finalist.shuffles} new branch orders"
     console.print(f"{file}: AFS {finalist.afs:.2f} at {orders}, sandboxed; the card is beside it", highlight=False)
 
 

@@ -153,13 +153,8 @@ def verify(place: Place = DEFAULT_STORE, as_json: AsJson = False) -> None:
     except StoreError as error:
         if not _is_damaged(error):
             raise
-        Console(stderr=True).print(
-            f"{error}; the file is damaged: restore a backup (docs/recording.md#backups)",
-            style="red",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        advice = "the file is damaged: restore a backup (docs/recording.md#backups)"
+        print_plain(Console(stderr=True), f"{error}; {advice}", "red")
         raise typer.Exit(CORRUPT) from None
     if as_json:
         sys.stdout.write(json.dumps({"rows": dict(checked.rows), "bad": list(checked.bad)}, indent=2) + "\n")

@@ -180,7 +180,7 @@ class Cascade:
                 verdicts[at] = stage.noted(verdicts[at], score)
                 reason = "" if candidates[at].explorer == BASELINE else stage.reason(score, earlier)
                 if not reason and isinstance(stage, Rung) and stage is stages[-1]:
-                    reason = stage.twin(verdicts[at], [*known, *(verdicts[other] for other in range(at))])
+                    reason = stage.twin_reason(verdicts[at], [*known, *(verdicts[other] for other in range(at))])
                 earlier.append(score)
                 if reason:
                     verdicts[at] = replace(verdicts[at], failure=reason)

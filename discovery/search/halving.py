@@ -66,7 +66,7 @@ class Rung(NamedTuple):
         orders = len(self.trial.shuffles)
         return f"scored {score:.2f} under {orders} branch orders, {better} of {tried - 1} better; not tried under more"
 
-    def twin(self, verdict: CandidateVerdict, earlier: Iterable[CandidateVerdict]) -> str:
+    def twin_reason(self, verdict: CandidateVerdict, earlier: Iterable[CandidateVerdict]) -> str:
         """Return why a candidate that plays like an earlier one is dropped; empty if there is none.
 
         Their scores are means over many episodes, so they are equal in every trial only if the candidates differ in

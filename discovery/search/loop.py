@@ -60,6 +60,7 @@ class Finalist:
     candidate: Candidate
     curves: Sequence[Curve]  # in new branch orders, sandboxed
     lineage: Sequence[str]  # digests, oldest first
+    shuffles: int  # branch orders it was measured under
 
     @property
     def afs(self) -> float:
@@ -182,7 +183,7 @@ class SearchLoop:
                     **({"disagreeing": disagreeing} if disagreeing else {}),  # with the kernel; digests
                 },
             )
-        return Finalist(best, curves, self._lineage(best))
+        return Finalist(best, curves, self._lineage(best), shuffles)
 
     def _measure_first(
         self, ranked: Sequence[Candidate], trial: TrialSettings

@@ -121,9 +121,11 @@ class StoreConnection:
         return [DROPPED if id(item) in dropped else outcome for item in items]
 
     def _fail_if_moved(self, store: Store) -> bool:
-        if store.is_moved:
+        """Mark the store as failed if its file is no longer the one that was opened, and return whether it is not."""
+        is_moved = store.is_moved
+        if is_moved:
             self._fail(f"{self._place}: the store has been moved, removed or overwritten")
-        return store.is_moved
+        return is_moved
 
     async def _write_each(self, items: Sequence[StoreItem], outcome: str, error: Exception) -> list[str] | None:
         if len(items) == 1:

@@ -11,6 +11,7 @@ from controllers.errors import ControllersError
 from controllers.loading import parse_spec
 from controllers.rollout_state import name_problem
 from discovery.data.atomic_files import DATABASE_FILES
+from discovery.errors import install_hint
 from discovery.store.databases.places import DatabaseUrl
 from proxy.errors import SettingsError
 from proxy.settings.model import Settings
@@ -55,10 +56,9 @@ def check_upstream(settings: Settings) -> None:
 def check_extras(settings: Settings) -> None:
     """Raise SettingsError if shared limits or a database are set and their client is not installed."""
     if settings.limits and find_spec("redis") is None:
-        raise SettingsError("limits: the package redis is not installed; pip install '.[redis]' in a checkout")
-
+        raise SettingsError(f"limits: the package redis is not installed; {install_hint('redis')}")
     if isinstance(settings.store, DatabaseUrl) and find_spec("asyncpg") is None:
-        raise SettingsError("store: the package asyncpg is not installed; pip install '.[postgres]' in a checkout")
+        raise SettingsError(f"store: the package asyncpg is not installed; {install_hint('postgres')}")
 
 
 def check_files(settings: Settings) -> None:

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
 from controllers import Action
+from discovery.errors import install_hint
 from proxy.telemetry.tracing import (
     OPERATIONS,
     SERVICE,
@@ -125,7 +126,7 @@ def with_metrics(tracer: NoopTracer) -> NoopTracer:
         from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
         from opentelemetry.sdk.resources import Resource
     except ImportError as error:
-        logger.warning("metrics are not exported: %s is missing; run pip install '.[otel]' in a checkout", error.name)
+        logger.warning("metrics are not exported: %s is missing; run %s", error.name, install_hint("otel"))
         return tracer
     resource = Resource.create({"service.name": service_name()})
     reader = PeriodicExportingMetricReader(OTLPMetricExporter())

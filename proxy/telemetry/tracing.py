@@ -17,6 +17,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from controllers import Action
+from discovery.errors import install_hint
 from proxy.telemetry.metrics import Metrics, controller_label
 from proxy.types import Call, ObservedRequest, Plan, UpstreamObserver
 
@@ -291,7 +292,7 @@ def create_tracer() -> NoopTracer:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        logger.warning("tracing is off: %s is not installed; run pip install '.[otel]' in a checkout", error.name)
+        logger.warning("tracing is off: %s is not installed; run %s", error.name, install_hint("otel"))
         return NoopTracer()
     resource = Resource.create({"service.name": service_name()})
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from discovery.errors import StoreError, UnstorableValue
+from discovery.errors import StoreError, UnstorableValue, install_hint
 from discovery.store.databases.places import DatabaseUrl
 
-_MISSING_DRIVER: Final = "a store in PostgreSQL needs the extra `postgres`; `pip install '.[postgres]'` in a checkout"
+_MISSING_DRIVER: Final = f"a store in PostgreSQL needs the extra `postgres`; {install_hint('postgres')}"
 _LOST: Final = ("08", "57P")
 """Beginnings of codes of errors that end a connection."""
 _VALUES: Final = ("22", "23", "54")

@@ -1,4 +1,4 @@
-"""`autotts store`: a damaged file is told from a wrong call, and a name that no recording has is named."""
+"""Commands of `autotts store` on damaged files, and on models and benchmarks that no recording has."""
 
 from __future__ import annotations
 

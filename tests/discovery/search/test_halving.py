@@ -60,8 +60,8 @@ def test_the_first_candidates_pass_until_there_are_enough() -> None:
 
 def test_a_candidate_with_the_scores_of_an_earlier_one_is_its_twin() -> None:
     rung, earlier = RUNG._replace(number=1), CandidateVerdict("e" * 64, rungs=(3.5, 4.0, 5.0))
-    assert rung.twin(CandidateVerdict("d", rungs=(3.5, 4.25)), [CandidateVerdict("c"), earlier]) == ""
-    assert rung.twin(CandidateVerdict("d", rungs=(3.5, 4.0)), [CandidateVerdict("c"), earlier]) == (
+    assert rung.twin_reason(CandidateVerdict("d", rungs=(3.5, 4.25)), [CandidateVerdict("c"), earlier]) == ""
+    assert rung.twin_reason(CandidateVerdict("d", rungs=(3.5, 4.0)), [CandidateVerdict("c"), earlier]) == (
         "scores exactly like eeeeeeeeeeee under 2 branch orders; not tried under more"
     )
 

@@ -109,7 +109,7 @@ def test_without_the_driver_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
         return imported(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", without_driver)
-    assert "`pip install '.[postgres]'` in a checkout" in refusal(DatabaseUrl("postgresql://me@host/db"))
+    assert "pip install '.[postgres]' in a checkout" in refusal(DatabaseUrl("postgresql://me@host/db"))
 
 
 @pytest.mark.process
