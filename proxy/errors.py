@@ -180,6 +180,10 @@ class UnsupportedMedia(BadRequest):
     status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
 
 
+_NOT_ABOUT_REQUESTS: Final = (401, 403, 408, 429)
+"""4xx statuses that do not mean an invalid request: missing rights of the proxy, and too much load."""
+
+
 class UpstreamError(ApiError):
     """The upstream failed."""
 
@@ -237,11 +241,15 @@ class UpstreamDisconnected(UpstreamProtocolError):
 
 
 class UpstreamRefused(UpstreamError):
-    """The upstream returned an error. A 4xx status is kept, because the request caused it; 401 and 403 are not."""
+    """The upstream returned an error. A 4xx status is kept, because the request caused it; 401 and 403 are not.
+
+    `is_request_at_fault` says whether the request itself is invalid, so that the error is no failure of the upstream.
+    """
 
     def __init__(self, status: int, message: str, *, param: str | None = None) -> None:
         super().__init__(message, param=param, code="upstream_refused")
         self.upstream_status = status
+        self.is_request_at_fault = 400 <= status < 500 and status not in _NOT_ABOUT_REQUESTS
         if 400 <= status < 500 and status not in (401, 403):
             is_standard = status in {standard.value for standard in HTTPStatus}
             self.status = HTTPStatus(status) if is_standard else HTTPStatus.BAD_REQUEST

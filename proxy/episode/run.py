@@ -18,14 +18,14 @@ from proxy.episode.episode_metrics import count_episode
 from proxy.episode.progress import RoundReport
 from proxy.episode.reply import compose_reply, deadline_error
 from proxy.episode.whole_reply import compose_whole_reply
-from proxy.errors import ApiError, UpstreamError
+from proxy.errors import ApiError, UpstreamError, UpstreamRefused
 from proxy.http import graceful_shutdown
 from proxy.recording.episode_log import EpisodeLog
 from proxy.recording.interval_probes import IntervalProbes
 from proxy.recording.reply_recordings import recorded_replies
 from proxy.rollout.controller_manager import ControllerManager
 from proxy.rollout.controller_runner import ControllerRunner
-from proxy.telemetry.metrics import Metrics
+from proxy.telemetry.metrics import Metrics, controller_label
 from proxy.types import Model, Plan, Reply
 from proxy.upstream.fleet.interface import Upstream
 
@@ -87,15 +87,25 @@ async def serve_request(
         raise error from None
     except ApiError as error:
         error.spent, error.is_counted = environment.meter.billed, True
+        if _is_invalid_request(error):
+            outcome = "refused"
         raise
     finally:
         if reply is None:
             environment.salvage()
         if on_spent is not None:
             on_spent(environment.meter.billed)
-        count_episode(metrics, plan, environment, state, runner.measured_rounds, reply, outcome)
-        runner.end(state, environment.meter.billed, plan.provenance.tenant)
-        episode_log.record(plan, runner, environment, state, reply, outcome)
+        if outcome == "refused":  # like requests that the proxy refuses itself: no episode took place
+            metrics.requests.labels(plan.prompt.model, controller_label(plan.controller), outcome).inc()
+        else:
+            count_episode(metrics, plan, environment, state, runner.measured_rounds, reply, outcome)
+            runner.end(state, environment.meter.billed, plan.provenance.tenant)
+            episode_log.record(plan, runner, environment, state, reply, outcome)
+
+
+def _is_invalid_request(error: ApiError) -> bool:
+    """Return whether the upstream refused a request as invalid before it generated anything."""
+    return isinstance(error, UpstreamRefused) and error.is_request_at_fault and not error.spent
 
 
 def _open_environment(engine: Upstream, graders: GraderPool, plan: Plan) -> LiveEnvironment | ReplyEnvironment:
@@ -164,7 +174,8 @@ async def _run_controller(
         logger.warning("%s: controller %s failed: %s", plan.request_id, plan.controller, error)
         state.end(Stop.CONTROLLER_ERROR)
     except UpstreamError as error:
-        logger.warning("%s: %s", plan.request_id, error.logged)
+        is_request_at_fault = isinstance(error, UpstreamRefused) and error.is_request_at_fault
+        logger.log(logging.INFO if is_request_at_fault else logging.WARNING, "%s: %s", plan.request_id, error.logged)
         environment.salvage()
         state.end(Stop.UPSTREAM_ERROR)
         return error

@@ -222,7 +222,7 @@ def _same(answer: str, recorded: str) -> bool:
 
 
 def _unknown(request: str) -> NotFound:
-    message = f"unknown request {request!r}, or one of another API key, or one that was passed through"
+    message = f"unknown request {request!r}, or one of another API key, or one that was passed through or refused"
     return NotFound(message, param="request_id", code="unknown_request")
 
 

@@ -36,7 +36,6 @@ _FAILURES: Final = {
     UpstreamTimeout: "timeout",
     UpstreamCircuitOpen: "ejected",
     UpstreamProtocolError: "nonsense",
-    UpstreamRefused: "refused",
 }
 
 
@@ -308,7 +307,7 @@ class Metrics:
         Counter,
         "autotts_upstream_requests",
         "Generation requests to the upstream by outcome: done, aborted, unreachable, timeout, nonsense (an invalid "
-        "reply), refused, ejected (the circuit breaker is open), failed.",
+        "reply), refused (an invalid request), ejected (the circuit breaker is open), failed.",
         ("model", "outcome"),
     )
     upstream_seconds = MetricRow(
@@ -370,6 +369,8 @@ class Metrics:
             self.upstream_seconds.labels(model).observe(time.perf_counter() - started)
         except UpstreamError as error:
             outcome = next((name for kind, name in _FAILURES.items() if isinstance(error, kind)), "failed")
+            if isinstance(error, UpstreamRefused) and error.is_request_at_fault:
+                outcome = "refused"
             raise
         finally:
             self.upstream_requests.labels(model, outcome).inc()

@@ -41,7 +41,7 @@ async def test_an_upstream_fault_from_the_start_returns_a_clear_error(proxy: Pro
     assert kind in text
     assert "Traceback" not in text
     assert proxy.backend.running == 0
-    assert await proxy.metric("autotts_requests_total", outcome="failed") == 1
+    assert await proxy.metric("autotts_requests_total", outcome="refused" if fault == "refuse" else "failed") == 1
 
 
 @pytest.mark.parametrize("fault", ["cut", "lie", "error_event", "garbage"])

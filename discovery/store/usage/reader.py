@@ -19,7 +19,7 @@ from discovery.store.databases.opening import open_connection
 from discovery.store.databases.places import StorePlace
 from discovery.store.records import stored_time
 from discovery.store.schema import MIGRATIONS
-from discovery.store.usage.facts import KINDS
+from discovery.store.usage.facts import FAILED_STOPS, KINDS
 from discovery.store.usage.periods import ALL, Bucket, CostOfBeta, Period, Scope, UsagePoint, UsageTotal
 from discovery.store.usage.requests import (
     MAX_COUNTED,
@@ -148,13 +148,14 @@ class UsageReader:
         return sorted(_totals(sums), key=lambda total: (-total.tokens, total.name))
 
     async def costs(self, model: str, since: datetime, tenant: str | None = None) -> list[CostOfBeta]:
-        """Return mean tokens and seconds by controller and β, of the latest requests on a model since a time."""
+        """Return mean tokens and seconds by controller and β, of the latest full answers of a model since a time."""
         where, values = _conditions({"model = ?": model, "created >= ?": stored_time(since), "tenant = ?": tenant})
+        failed = ", ".join("?" * len(FAILED_STOPS))
         rows = await self.read(
             "SELECT controller, ROUND(CAST(beta AS NUMERIC), 2), COUNT(*), AVG(tokens), AVG(seconds) FROM "
             f"(SELECT controller, beta, tokens, seconds FROM episode_facts WHERE {where} "
-            "ORDER BY created DESC LIMIT ?) AS latest GROUP BY 1, 2 ORDER BY 1, 2",
-            [*values, RECENT],
+            f"AND stop NOT IN ({failed}) ORDER BY created DESC LIMIT ?) AS latest GROUP BY 1, 2 ORDER BY 1, 2",
+            [*values, *FAILED_STOPS, RECENT],
         )
         return [CostOfBeta(*row) for row in rows]
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from controllers.rollout_state import RolloutStage
 from discovery.errors import StoreError
-from discovery.store.usage.facts import KINDS
+from discovery.store.usage.facts import FAILED_STOPS, KINDS
 from discovery.store.usage.periods import (
     BetaBin,
     LatencyBin,
@@ -38,7 +38,6 @@ PANELS: Final = "/ui/overview/panels"
 MOST_TENANTS: Final = 20
 """Keys with the most tokens that are listed."""
 _NOTHING: Final = "No request in this period. Ask something in the playground, or send a request with x-tts-beta."
-_FAILED: Final = frozenset({"failed", "upstream_error", "controller_error", "disconnected", "draining"})
 
 
 class KeyUsage(NamedTuple):
@@ -102,7 +101,7 @@ async def _usage(context: PageContext, reader: UsageReader, period: Period) -> d
         "requests": requests,
         "tokens": tokens,
         "mean_tokens": tokens / requests if requests else None,
-        "failed": sum(end.requests for end in ends if end.name in _FAILED),
+        "failed": sum(end.requests for end in ends if end.name in FAILED_STOPS),
         "p50": latency_quantile(latencies, 0.5),
         "p95": latency_quantile(latencies, 0.95),
         "ends": sorted(ends, key=lambda end: -end.requests),

@@ -465,6 +465,8 @@ async def test_a_faulty_upstream_gives_an_error_and_is_never_the_reply(fault: st
         got, _, reply = await ask(proxy, tts={"controller": "single"}, max_tokens=10)
         assert got == status, reply
         assert reply["error"]["param"] == ("tools" if fault == "refuse" else None)
+        outcome = "refused" if fault == "refuse" else "failed"
+        assert await proxy.metric("autotts_requests_total", outcome=outcome) == 1
         assert proxy.backend.running == 0
 
 

@@ -120,6 +120,22 @@ async def test_cut_failed_and_cancelled_episodes_are_stored_with_their_stop_reas
     assert [episode.stop for episode in await episodes(path)] == ["max_tokens", "upstream_error", "disconnected"]
 
 
+async def test_a_request_that_the_upstream_refuses_as_invalid_is_no_episode(
+    backend: FakeVLLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(backend, tmp_path / "s.db") as proxy:
+        backend.fault = "refuse"
+        status, headers, body = await proxy.ask("0.5", tts={"answer": "boxed"})
+        assert (status, body["error"]["code"]) == (400, "upstream_refused")
+        assert "x-tts-tokens" not in headers
+        assert await proxy.metric("autotts_requests_total", outcome="refused") == 1
+        assert await proxy.metric("autotts_stage_requests_total") == 0
+        assert not [line for line in caplog.records if line.levelno >= logging.WARNING and "refused" in line.message]
+        backend.fault = "unavailable"
+        assert (await proxy.ask("0.5", tts={"answer": "boxed"}))[0] >= 500
+    assert [episode.stop for episode in await episodes(tmp_path / "s.db")] == ["upstream_error"]
+
+
 async def test_an_internal_error_is_stored_with_stop_reason_failed(
     backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -229,12 +229,17 @@ async def test_values_chosen_by_clients_create_no_new_series(proxy: Proxy) -> No
     assert (controller_label("sc@9"), controller_label("cmc")) == ("self_consistency", "cmc")
 
 
-@pytest.mark.parametrize(("fault", "outcome"), [("cut", "nonsense"), ("refuse", "refused")])
-async def test_upstream_failures_are_counted_by_kind(proxy: Proxy, fault: str, outcome: str) -> None:
+@pytest.mark.parametrize(
+    ("fault", "of_upstream", "outcome"),
+    [("cut", "nonsense", "failed"), ("unavailable", "failed", "failed"), ("refuse", "refused", "refused")],
+)
+async def test_upstream_failures_are_counted_by_kind(proxy: Proxy, fault: str, of_upstream: str, outcome: str) -> None:
     proxy.backend.fault = fault
     await proxy.ask()
-    assert await proxy.metric("autotts_upstream_requests_total", model=MODEL, outcome=outcome) > 0
-    assert await proxy.metric("autotts_requests_total", outcome="failed") == 1
+    assert await proxy.metric("autotts_upstream_requests_total", model=MODEL, outcome=of_upstream) > 0
+    assert await proxy.metric("autotts_requests_total", outcome=outcome) == 1
+    assert await proxy.metric("autotts_requests_total") == 1
+    assert await proxy.metric("autotts_stops_total") == (outcome == "failed")
 
 
 async def test_upstream_health_is_measured_without_any_request(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
