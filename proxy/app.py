@@ -34,6 +34,7 @@ from proxy.settings import Settings
 from proxy.telemetry.worker_metrics import WorkerPlace
 from proxy.ui.app import UiMount, create_ui
 from proxy.ui.sources.jobs import CommandJobs, ReplaySlots
+from proxy.upstream.connections.pooled_request import KEEP_ALIVE_S
 
 
 def create_app(settings: Settings, place: WorkerPlace | None = None) -> FastAPI:
@@ -197,7 +198,7 @@ def upstream_session(settings: Settings) -> aiohttp.ClientSession:
     if key is not None:
         headers["authorization"] = f"Bearer {key.get_secret_value()}"
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
         cookie_jar=aiohttp.DummyCookieJar(),  # cookies of one client's response must not be sent with another's request
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s),
         headers=headers,

@@ -1,6 +1,6 @@
 """Tested versions of the libraries whose internals the proxy uses, and the check before each use.
 
-The fast paths replace aiohttp's response protocol and extend uvicorn's HTTP protocol, both through private attributes.
+The fast paths take over connections of aiohttp and extend uvicorn's HTTP protocol, both through private attributes.
 With a version that was not tested, the callers use the library's public interface instead.
 """
 
@@ -19,7 +19,7 @@ TESTED: Final[Mapping[str, str]] = MappingProxyType({"aiohttp": "3.14", "uvicorn
 """Tested minor version of each library. pyproject.toml allows only these; a test compares the two."""
 CONSEQUENCES: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "aiohttp": "streams are forwarded through its public reader, which is slower",
+        "aiohttp": "requests to upstreams are sent through its public session, which is slower",
         "uvicorn": "its own HTTP protocol is used, without this proxy's limits on connections, request heads and slow "
         "clients; put a reverse proxy in front that sets them",
     }

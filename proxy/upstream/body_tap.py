@@ -1,10 +1,9 @@
 """Forward the body of an upstream response piece by piece, without waking a task for each piece.
 
-Waking a task that waits for aiohttp's reader costs more than the rest of the work on a piece. While there is nothing to
-read, a tap therefore stands between the connection and aiohttp. It forwards a piece within the step of the event loop
-in which the piece arrives. aiohttp still parses frames, applies its limits, pools connections and pauses reading if the
-client is slower than the upstream. The tap uses internals of aiohttp. With an untested version the body is read through
-aiohttp's public reader.
+Waking a task that waits for a reader costs more than the rest of the work on a piece. While there is nothing to read, a
+tap therefore listens to the connection, and forwards a piece within the step of the event loop in which it arrives. The
+connection stops reading if the client is slower than the upstream. With an untested version of aiohttp the body is read
+through aiohttp's public reader.
 """
 
 from __future__ import annotations
@@ -14,11 +13,8 @@ from collections.abc import Awaitable, Callable, Generator
 from types import coroutine
 from typing import Any
 
-import aiohttp
-
-from proxy.tested_versions import has_tested_internals
-from proxy.upstream.pooled_request import UpstreamResponse
-from proxy.upstream.response_body import read_buffered
+from proxy.upstream.connections.content import ResponseContent
+from proxy.upstream.connections.pooled_request import UpstreamResponse
 
 BodySink = Callable[[bytes, bool], Awaitable[None]]
 """Function that takes a piece of a body and whether it is the last. Await its result before the next piece."""
@@ -32,17 +28,18 @@ async def stream_body(response: UpstreamResponse, sink: BodySink, idle_timeout_s
     Raises what aiohttp and `sink` raise, and TimeoutError if nothing arrives for `idle_timeout_s` seconds. In a stream
     of server-sent events only data resets that timeout: comments could keep the stream alive for ever.
     """
-    if not has_tested_internals("aiohttp"):
+    content = response.content
+    if not isinstance(content, ResponseContent):
         await _stream_plainly(response, sink, idle_timeout_s)
         return
-    content = response.content
+    is_event_stream = response.content_type == "text/event-stream"
     is_over = False
     while not is_over:
-        piece, is_over = read_buffered(content), content.is_eof()
+        piece, is_over = content.read_nowait(), content.is_eof()
         if piece or is_over:
             await sink(piece, is_over)
         else:
-            is_over = await _BodyTap(response, sink, idle_timeout_s).run()
+            is_over = await _BodyTap(content, sink, idle_timeout_s, is_event_stream=is_event_stream).run()
 
 
 async def _stream_plainly(response: UpstreamResponse, sink: BodySink, idle_timeout_s: float) -> None:
@@ -80,22 +77,18 @@ async def _nothing() -> None:
     pass
 
 
-class _BodyTap(asyncio.Protocol):
-    """Connection protocol that wraps aiohttp's own and forwards each piece of the body as it arrives."""
+class _BodyTap:
+    """Listener that forwards each piece of a body as it arrives."""
 
-    def __init__(self, response: UpstreamResponse, sink: BodySink, idle_timeout_s: float) -> None:
-        connection = response.connection
-        if connection is None or connection.transport is None or connection.protocol is None:
-            raise aiohttp.ServerDisconnectedError  # aiohttp has reported neither an end nor an error
-        connection.protocol.read_timeout = None  # one timer per piece would cost as much as reading it
+    def __init__(
+        self, content: ResponseContent, sink: BodySink, idle_timeout_s: float, *, is_event_stream: bool
+    ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._transport = connection.transport
-        self._inner: Any = connection.transport.get_protocol()
-        self._content = response.content
+        self._content = content
         self._sink = sink
         self._idle_timeout_s = idle_timeout_s
         self._last_data = self._loop.time()  # when data last arrived that resets the idle timeout
-        self._is_event_stream = response.content_type == "text/event-stream"
+        self._is_event_stream = is_event_stream
         self._has_last = False  # whether the last piece has been forwarded
         self._done: asyncio.Future[Awaitable[None] | None] = self._loop.create_future()
 
@@ -104,49 +97,33 @@ class _BodyTap(asyncio.Protocol):
 
         Returns whether the last piece has been forwarded.
         """
-        self._transport.set_protocol(self)
+        self._content.listen(self)
         self._timer = self._loop.call_later(self._idle_timeout_s, self._check_idle)
         try:
             unfinished = await self._done
         finally:
             self._timer.cancel()
-            self._restore_protocol()
+            self._content.listen(None)
         if unfinished is not None:
             await unfinished
         return self._has_last
 
-    def data_received(self, data: bytes) -> None:
-        self._inner.data_received(data)
-        content = self._content
-        if content.exception() is not None:
-            self._finish()
-            return
-        piece, self._has_last = read_buffered(content), content.is_eof()
-        if not piece and not self._has_last:
-            return
+    def take(self, piece: bytes, is_last: bool) -> None:
+        """Forward a piece."""
+        self._has_last = is_last
         if not self._is_event_stream or b"data" in piece:
             self._last_data = self._loop.time()
         try:
-            unfinished = start_eagerly(self._sink(piece, self._has_last))
+            unfinished = start_eagerly(self._sink(piece, is_last))
         except Exception as error:
             self._finish(error)
         else:
-            if self._has_last or unfinished is not None:
+            if is_last or unfinished is not None:
                 self._finish(unfinished)
 
-    def eof_received(self) -> bool | None:
-        keeps_open: bool | None = self._inner.eof_received()
-        return keeps_open
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._inner.connection_lost(exc)
+    def fail(self) -> None:
+        """End the tap: reading the content raises its error."""
         self._finish()
-
-    def pause_writing(self) -> None:
-        self._inner.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._inner.resume_writing()
 
     def _check_idle(self) -> None:
         """End with TimeoutError if the idle timeout has passed. Otherwise check again when it would."""
@@ -157,18 +134,14 @@ class _BodyTap(asyncio.Protocol):
             self._finish(TimeoutError())
 
     def _finish(self, outcome: Awaitable[None] | Exception | None = None) -> None:
-        """End the tap. The connection may serve another request from now on."""
-        self._restore_protocol()
+        """End the tap. Pieces that arrive from now on are kept."""
+        self._content.listen(None)
         if self._done.done():
             return
         if isinstance(outcome, Exception):
             self._done.set_exception(outcome)
         else:
             self._done.set_result(outcome)
-
-    def _restore_protocol(self) -> None:
-        if self._transport.get_protocol() is self:
-            self._transport.set_protocol(self._inner)
 
 
 def start_eagerly(work: Awaitable[None]) -> Awaitable[None] | None:

@@ -40,9 +40,9 @@ from proxy.upstream.completion_stream import (
     read_events,
     without_refused,
 )
+from proxy.upstream.connections.pooled_request import UpstreamResponse
 from proxy.upstream.detokeniser import TokenEndings
 from proxy.upstream.load_metrics import UpstreamLoad, parse_load
-from proxy.upstream.pooled_request import UpstreamResponse
 from proxy.upstream.response_body import BYTES_PER_ID, MAX_PAGE_BYTES, MIN_BODY_BYTES, BodyTooLong, read_body
 from proxy.upstream.transport import UpstreamTransport
 

@@ -17,7 +17,7 @@ import msgspec
 from proxy.errors import UpstreamProtocolError
 from proxy.token_ids import prompts_json
 from proxy.types import Call, Output
-from proxy.upstream.pooled_request import UpstreamResponse
+from proxy.upstream.connections.pooled_request import UpstreamResponse
 from proxy.upstream.response_body import BYTES_PER_ID, MIN_BODY_BYTES, ByteAllowance, LineSplitter
 
 BYTES_PER_TOKEN: Final = 4096

@@ -7,11 +7,8 @@ import json
 import re
 from typing import Any, Final, NoReturn
 
-import aiohttp
-
 from proxy.errors import UpstreamProtocolError
-from proxy.tested_versions import has_tested_internals
-from proxy.upstream.pooled_request import UpstreamResponse
+from proxy.upstream.connections.pooled_request import UpstreamResponse
 
 MIN_BODY_BYTES: Final = 2**20
 """Bytes of a response that are always accepted, whatever was requested."""
@@ -44,30 +41,12 @@ async def read_body(response: UpstreamResponse, max_bytes: int, seconds: float |
     return bytes(body)
 
 
-def read_buffered(content: aiohttp.StreamReader) -> bytes:
-    """Return the bytes of a body that have arrived, as `content.read_nowait()` does.
-
-    That also lets the parser and the connection go on, whether or not they had paused, which costs more than the rest.
-    """
-    is_plain = type(content) is aiohttp.StreamReader and has_tested_internals("aiohttp")
-    if not is_plain or content._protocol._reading_paused or content._buffer_offset or content.exception() is not None:
-        return content.read_nowait()
-    buffer = content._buffer
-    piece = buffer[0] if len(buffer) == 1 else b"".join(buffer)
-    buffer.clear()
-    content._size -= len(piece)
-    content._cursor += len(piece)
-    if content._http_chunk_splits:
-        content._http_chunk_splits.clear()
-    return piece
-
-
 async def read_short_body(response: UpstreamResponse, seconds: float) -> bytes:
     """Return the body of a response that announced a short one. Raises TimeoutError or ClientError."""
     if response.content.is_eof():  # it came together with the head
-        return bytes(read_buffered(response.content))
+        return response.content.read_nowait()
     async with asyncio.timeout(seconds):
-        return bytes(await response.content.read())
+        return await response.content.read()
 
 
 def parse_object(payload: bytes) -> dict[str, Any]:

@@ -34,8 +34,8 @@ from proxy.tested_versions import has_tested_internals
 from proxy.types import ObservedRequest, UpstreamObserver
 from proxy.upstream import retry
 from proxy.upstream.circuit_breaker import BackgroundBreaker, Breaker
+from proxy.upstream.connections.pooled_request import PooledRequests, UpstreamResponse
 from proxy.upstream.health_check import HealthCheck, is_failure
-from proxy.upstream.pooled_request import PooledRequests, UpstreamResponse
 from proxy.upstream.response_body import MAX_PAGE_BYTES, parse_object, read_body
 
 logger = logging.getLogger(__name__)

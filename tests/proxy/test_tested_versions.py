@@ -23,7 +23,7 @@ from proxy.tested_versions import TESTED, has_tested_internals
 from proxy.types import UpstreamObserver
 from proxy.upstream import body_tap
 from proxy.upstream.circuit_breaker import Breaker
-from proxy.upstream.pooled_request import PooledRequests
+from proxy.upstream.connections.pooled_request import PooledRequests
 from proxy.upstream.transport import UpstreamTransport
 from tests.fakes import MODEL, FakeVLLM, RawUpstream
 from tests.proxy.conftest import SMALL

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 from proxy.errors import UpstreamError, UpstreamUnreachable
 from proxy.types import Call, Model, ReplicaStatus, UpstreamObserver
 from proxy.upstream.client import UpstreamClient, card_model
+from proxy.upstream.connections.pooled_request import UpstreamResponse
 from proxy.upstream.detokeniser import TokenEndings
 from proxy.upstream.fleet.dns_poller import DnsPoller
 from proxy.upstream.fleet.fleet import MAX_ATTEMPTS, Fleet, is_replica_failure
 from proxy.upstream.fleet.replica import Replica
 from proxy.upstream.load_metrics import UpstreamLoad
-from proxy.upstream.pooled_request import UpstreamResponse
 from proxy.upstream.retry import UNPROCESSED_STATUSES
 
 T = TypeVar("T")

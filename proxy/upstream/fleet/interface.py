@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from proxy.errors import UpstreamError
 from proxy.types import Call, Model, ReplicaStatus, UpstreamObserver
+from proxy.upstream.connections.pooled_request import UpstreamResponse
 from proxy.upstream.detokeniser import TokenEndings
 from proxy.upstream.load_metrics import UpstreamLoad
-from proxy.upstream.pooled_request import UpstreamResponse
 
 
 class Upstream(Protocol):

@@ -15,13 +15,15 @@ import trustme
 import uvloop
 
 from proxy.http.sse import StreamedResponse
-from proxy.upstream import body_tap
 from proxy.upstream.body_tap import BodySink, start_eagerly, stream_body
+from proxy.upstream.connections.content import ResponseContent
+from proxy.upstream.connections.pooled_request import PooledRequests, UpstreamResponse
 
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 UNTIL_CLOSED = b"HTTP/1.1 200 OK\r\n\r\n"
 END = b"0\r\n\r\n"
 LONG_S = 600.0
+TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=5)
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
@@ -42,9 +44,9 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
 
 
 @pytest.fixture(params=[True, False], ids=["tap", "plain"])
-def reader_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read the body through a tap, or through aiohttp's public reader as with an untested version."""
-    monkeypatch.setattr(body_tap, "has_tested_internals", lambda _: request.param)
+def is_pooled(request: pytest.FixtureRequest) -> bool:
+    """Whether to read a pooled response through a tap, or one of aiohttp as with an untested version."""
+    return bool(request.param)
 
 
 def chunk(data: bytes) -> bytes:
@@ -54,15 +56,14 @@ def chunk(data: bytes) -> bytes:
 class Exchange(NamedTuple):
     """A response that has begun, and the server's end of its connection."""
 
-    response: aiohttp.ClientResponse
+    response: UpstreamResponse
     reader: asyncio.StreamReader
     server: asyncio.StreamWriter
 
     @property
-    def transport(self) -> asyncio.Transport:
-        assert self.response.connection is not None
-        assert self.response.connection.transport is not None
-        return self.response.connection.transport
+    def is_tapped(self) -> bool:
+        assert isinstance(self.response.content, ResponseContent)
+        return self.response.content._listener is not None
 
     async def stream(self, sink: BodySink) -> asyncio.Task[None]:
         """Start a task that streams the body to `sink`."""
@@ -74,6 +75,7 @@ class Exchange(NamedTuple):
 class Upstream(NamedTuple):
     """A server scripted by a test."""
 
+    requests: PooledRequests | None  # None to send requests through the session
     session: aiohttp.ClientSession
     url: str
     connections: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
@@ -83,12 +85,17 @@ class Upstream(NamedTuple):
         asking = self.ask()
         return await self.answer(asking, *await self.connections.get(), head)
 
-    def ask(self) -> asyncio.Task[aiohttp.ClientResponse]:
-        return asyncio.create_task(self.session.post(self.url, data=b"?"))
+    def ask(self) -> asyncio.Task[UpstreamResponse]:
+        return asyncio.create_task(self._ask())
+
+    async def _ask(self) -> UpstreamResponse:
+        if self.requests is None:
+            return await self.session.post(self.url, data=b"?")
+        return await self.requests.send("POST", "/", lambda: b"?", headers={})
 
     async def answer(
         self,
-        asking: asyncio.Task[aiohttp.ClientResponse],
+        asking: asyncio.Task[UpstreamResponse],
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         head: bytes,
@@ -99,7 +106,7 @@ class Upstream(NamedTuple):
 
 
 @asynccontextmanager
-async def upstream(authority: trustme.CA | None = None) -> AsyncIterator[Upstream]:
+async def upstream(authority: trustme.CA | None = None, *, is_pooled: bool = True) -> AsyncIterator[Upstream]:
     connections: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
     served, trusted = None, None
     if authority is not None:
@@ -114,10 +121,12 @@ async def upstream(authority: trustme.CA | None = None) -> AsyncIterator[Upstrea
 
     server = await asyncio.start_server(connected, "127.0.0.1", 0, ssl=served)
     port = server.sockets[0].getsockname()[1]
-    connector = aiohttp.TCPConnector(ssl=trusted or True, family=socket.AF_INET)
+    connector = aiohttp.TCPConnector(ssl=trusted or True, family=socket.AF_INET, limit=0)
     try:
         async with aiohttp.ClientSession(connector=connector) as session:
-            yield Upstream(session, f"{'http' if authority is None else 'https'}://localhost:{port}/", connections)
+            url = f"{'http' if authority is None else 'https'}://localhost:{port}"
+            requests = PooledRequests(url, session, TIMEOUT) if is_pooled else None
+            yield Upstream(requests, session, url, connections)
     finally:
         for writer in opened:
             writer.transport.abort()
@@ -152,7 +161,6 @@ def test_each_piece_is_passed_on_at_once_and_the_connection_is_reused(run: Run, 
         async with upstream(trustme.CA() if is_secure else None) as server:
             client = Client()
             first = await server.begin()
-            plain = first.transport.get_protocol()
             streaming = await first.stream(client.hand)
             for piece in (b"one", b"two", b"3" * 100_000):
                 first.server.write(chunk(piece))
@@ -160,12 +168,10 @@ def test_each_piece_is_passed_on_at_once_and_the_connection_is_reused(run: Run, 
                 while len(received) < len(piece):
                     received += await client.pieces.get()
                 assert received == piece
-            transport = first.transport
-            assert transport.get_protocol() is not plain
+            assert first.is_tapped
             first.server.write(END)
             await streaming
             assert client.has_last
-            assert transport.get_protocol() is plain
             assert set(client.tasks) == {None}  # no task was woken to pass them on
 
             again = await server.answer(server.ask(), first.reader, first.server, CHUNKED + chunk(b"again") + END)
@@ -177,22 +183,24 @@ def test_each_piece_is_passed_on_at_once_and_the_connection_is_reused(run: Run, 
     run(work())
 
 
-def test_the_tap_is_removed_with_the_last_piece(run: Run) -> None:
-    """The tap is removed before the streaming task wakes up, because another request may use the connection."""
+def test_the_connection_is_free_and_the_tap_removed_once_the_last_piece_is_forwarded(run: Run) -> None:
+    """Another request may use the connection before the streaming task wakes up."""
 
     async def work() -> None:
         async with upstream() as server:
-            exchange, protocols = await server.begin(), list[object]()
-            transport, plain = exchange.transport, exchange.transport.get_protocol()
+            exchange, seen = await server.begin(), list[bool]()
+            assert server.requests is not None
+            free = server.requests._free
 
             async def hand(_: bytes, is_last: bool) -> None:
                 if is_last:
-                    asyncio.get_running_loop().call_soon(lambda: protocols.append(transport.get_protocol()))
+                    seen.append(bool(free))
+                    asyncio.get_running_loop().call_soon(lambda: seen.append(exchange.is_tapped))
 
             streaming = await exchange.stream(hand)
             exchange.server.write(chunk(b"one") + END)
             await streaming
-            assert protocols == [plain]
+            assert seen == [True, False]
 
     run(work())
 
@@ -209,10 +217,9 @@ def test_body_pieces_received_with_the_head_are_passed_on(run: Run) -> None:
     run(work())
 
 
-@pytest.mark.usefixtures("reader_kind")
-def test_a_body_without_length_ends_when_the_connection_closes(run: Run) -> None:
+def test_a_body_without_length_ends_when_the_connection_closes(run: Run, is_pooled: bool) -> None:
     async def work() -> None:
-        async with upstream() as server:
+        async with upstream(is_pooled=is_pooled) as server:
             client = Client()
             exchange = await server.begin(UNTIL_CLOSED)
             streaming = await exchange.stream(client.hand)
@@ -226,17 +233,13 @@ def test_a_body_without_length_ends_when_the_connection_closes(run: Run) -> None
 
 
 @pytest.mark.parametrize(
-    ("is_tested", "rest"),
+    ("is_pooled", "rest"),
     [(True, b"5\r\nhalf"), (True, b"not a length\r\n"), (False, b"5\r\nhalf")],
     ids=["tap-cut", "tap-garbage", "plain-cut"],  # aiohttp's own reader ignores garbage
 )
-def test_a_body_that_breaks_off_raises_client_error(
-    run: Run, monkeypatch: pytest.MonkeyPatch, is_tested: bool, rest: bytes
-) -> None:
-    monkeypatch.setattr(body_tap, "has_tested_internals", lambda _: is_tested)
-
+def test_a_body_that_breaks_off_raises_client_error(run: Run, is_pooled: bool, rest: bytes) -> None:
     async def work() -> None:
-        async with upstream() as server:
+        async with upstream(is_pooled=is_pooled) as server:
             client = Client()
             exchange = await server.begin()
             streaming = await exchange.stream(client.hand)
@@ -247,21 +250,20 @@ def test_a_body_that_breaks_off_raises_client_error(
             with pytest.raises(aiohttp.ClientError):
                 await streaming
             assert not client.has_last
-            exchange.response.close()
+            exchange.response.release()
 
     run(work())
 
 
-def test_an_error_set_on_aiohttps_reader_is_raised(run: Run) -> None:
+def test_a_released_response_ends_its_stream_with_an_error(run: Run) -> None:
     async def work() -> None:
         async with upstream() as server:
             exchange = await server.begin()
             streaming = await exchange.stream(Client().hand)
-            exchange.response.content.set_exception(aiohttp.ClientPayloadError("invalid payload"))
-            exchange.server.write(chunk(b"one"))
-            with pytest.raises(aiohttp.ClientPayloadError, match="invalid payload"):
+            exchange.response.release()
+            with pytest.raises(aiohttp.ClientConnectionError, match="Connection closed"):
                 await streaming
-            exchange.response.close()
+            assert await exchange.reader.read() == b""  # the server sees the end of the connection
 
     run(work())
 
@@ -281,11 +283,11 @@ def test_a_slow_client_pauses_the_upstream_without_losing_bytes(run: Run) -> Non
             exchange.server.write(END)
             flushing = asyncio.create_task(exchange.server.drain())
             held = exchange.response.content
+            assert isinstance(held, ResponseContent)
             for _ in range(10_000):  # it reads ahead, but not without limit
                 await asyncio.sleep(0)
             assert not flushing.done()
-            assert held.total_bytes > 2**16
-            assert held.total_bytes < 2**22
+            assert 2**16 < held._arrived < 2**22
             assert client.pieces.empty()
 
             client.is_slow = False
@@ -300,11 +302,10 @@ def test_a_slow_client_pauses_the_upstream_without_losing_bytes(run: Run) -> Non
     run(work())
 
 
-@pytest.mark.usefixtures("reader_kind")
 @pytest.mark.parametrize("is_slow", [False, True])
-def test_an_error_of_the_sink_is_raised_and_the_tap_removed(run: Run, is_slow: bool) -> None:
+def test_an_error_of_the_sink_is_raised_and_the_tap_removed(run: Run, is_pooled: bool, is_slow: bool) -> None:
     async def work() -> None:
-        async with upstream() as server:
+        async with upstream(is_pooled=is_pooled) as server:
             come = asyncio.Event()
             go = asyncio.Event()
 
@@ -315,15 +316,14 @@ def test_an_error_of_the_sink_is_raised_and_the_tap_removed(run: Run, is_slow: b
                 raise OSError("gone")
 
             exchange = await server.begin()
-            transport, plain = exchange.transport, exchange.transport.get_protocol()
             streaming = await exchange.stream(hand)
             exchange.server.write(chunk(b"one"))
             await come.wait()
             go.set()
             with pytest.raises(OSError, match="gone"):
                 await streaming
-            assert transport.get_protocol() is plain
-            exchange.response.close()
+            assert not is_pooled or not exchange.is_tapped
+            exchange.response.release()
 
     run(work())
 
@@ -335,23 +335,22 @@ def test_cancelling_removes_the_tap(run: Run, is_slow: bool) -> None:
             client = Client()
             client.is_slow = is_slow
             exchange = await server.begin()
-            transport, plain = exchange.transport, exchange.transport.get_protocol()
             streaming = await exchange.stream(client.hand)
             exchange.server.write(chunk(b"one"))
             await client.pieces.get()
             streaming.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await streaming
-            assert transport.get_protocol() is plain
-            exchange.response.close()
+            assert not exchange.is_tapped
+            exchange.response.release()
+            assert await exchange.reader.read() == b""  # the server sees the end of the connection
 
     run(work())
 
 
-@pytest.mark.usefixtures("reader_kind")
-def test_only_a_stalled_body_times_out(run: Run) -> None:
+def test_only_a_stalled_body_times_out(run: Run, is_pooled: bool) -> None:
     async def work() -> None:
-        async with upstream() as server:
+        async with upstream(is_pooled=is_pooled) as server:
             loop, client = asyncio.get_running_loop(), Client()
             exchange = await server.begin()
             began, idle_s = loop.time(), 0.5
@@ -364,7 +363,7 @@ def test_only_a_stalled_body_times_out(run: Run) -> None:
             with pytest.raises(TimeoutError):
                 await streaming
             assert loop.time() - last_write >= 0.9 * idle_s  # however slow the machine is
-            exchange.response.close()
+            exchange.response.release()
 
     run(work())
 

@@ -4,62 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from typing import Final
 
 import aiohttp
 import pytest
 
-from proxy.upstream.pooled_request import PooledRequests, UpstreamResponse
+from proxy.upstream.connections.connection import PooledResponse
+from proxy.upstream.connections.pooled_request import PooledRequests
 from proxy.upstream.retry import NO_RESPONSE_ERRORS
-
-OK: Final = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
-TIMEOUT: Final = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=5)
-
-
-class ScriptedServer:
-    """Server that answers the requests of each connection with the next of `answers`. It keeps heads and bodies."""
-
-    def __init__(self, answers: Sequence[bytes], *, closes: bool = False) -> None:
-        self.connections = 0
-        self.requests: list[bytes] = []
-        self.url = ""
-        self._answers = list(answers)
-        self._closes = closes  # close the connection after each answer
-        self._writers: list[asyncio.StreamWriter] = []
-
-    @asynccontextmanager
-    async def serve(self) -> AsyncIterator[ScriptedServer]:
-        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        try:
-            yield self
-        finally:
-            server.close()
-            for writer in self._writers:
-                writer.transport.abort()
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
-        self._writers.append(writer)
-        while self._answers:
-            try:
-                head = await reader.readuntil(b"\r\n\r\n")
-            except asyncio.IncompleteReadError:
-                return
-            _, _, length = head.lower().partition(b"content-length: ")
-            body = await reader.readexactly(int(length.split(b"\r\n")[0] or 0))
-            self.requests.append(head + body)
-            writer.write(self._answers.pop(0))
-            if self._closes:
-                writer.close()
-
-
-async def post(
-    requests: PooledRequests, headers: Mapping[str, str], body: bytes = b"{}", path: str = "/v1/embeddings"
-) -> UpstreamResponse:
-    return await requests.send("POST", path, lambda: body, headers=headers)
+from tests.proxy.upstream.connections.scripted_server import OK, TIMEOUT, ScriptedServer, post
 
 
 def fields(request: bytes) -> dict[str, str]:
@@ -126,6 +78,7 @@ async def test_the_media_type_has_no_parameters() -> None:
     async with ScriptedServer([head]).serve() as server, aiohttp.ClientSession() as session:
         response = await post(PooledRequests(server.url, session, TIMEOUT), {})
         assert (response.content_type, response.status, response.ok) == ("text/plain", 404, False)
+        assert isinstance(response, PooledResponse)
         assert response.connection is None  # there is no body, so that the connection is free
 
 

@@ -1,27 +1,28 @@
-"""Send a request over a connection of aiohttp's pool, without the work of aiohttp's session.
+"""Send requests to one upstream over a pool of connections, without the work of aiohttp's session.
 
 The session builds, merges and checks far more than these requests need, which costs more than everything else that the
-proxy does for a forwarded one. aiohttp still opens, pools and closes the connections, and its protocol parses the
-response and applies its limits and timeouts. The errors are those of the session. This uses internals of aiohttp, so
-the session sends the requests with an untested version.
+proxy does for a forwarded one. aiohttp still opens and closes the connections, and `connection.py` parses the
+responses. The errors are those of the session. This uses internals of aiohttp, so the session sends the requests with
+an untested version.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, Protocol
 
 import aiohttp
-from aiohttp.client_proto import ResponseHandler
-from aiohttp.connector import Connection
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDict
 from yarl import URL
 
-INFORMATIONAL: Final = range(100, 200)
-SWITCHING_PROTOCOLS: Final = 101
-_CLOSED: Final = aiohttp.ClientConnectionError("Connection closed")
+from proxy.upstream.connections.connection import UpstreamConnection
+from proxy.upstream.connections.content import BodyContent
+
+KEEP_ALIVE_S: Final = 30.0
+"""Seconds for which a connection is kept without a request."""
 
 
 class UpstreamResponse(Protocol):
@@ -40,7 +41,7 @@ class UpstreamResponse(Protocol):
         """Headers, whose names are case-insensitive."""
 
     @property
-    def content(self) -> aiohttp.StreamReader:
+    def content(self) -> BodyContent:
         """The body."""
 
     @property
@@ -51,12 +52,8 @@ class UpstreamResponse(Protocol):
     def content_type(self) -> str:
         """Media type without parameters, in lower case."""
 
-    @property
-    def connection(self) -> Connection | None:
-        """The connection, until the body has been read."""
-
     def release(self) -> Any:
-        """Give the connection back to the pool, or close it if the body has not been read to its end."""
+        """Give the connection back to the pool, or close it if the body has not arrived completely."""
 
 
 class _Template(aiohttp.ClientRequest):
@@ -81,6 +78,8 @@ class PooledRequests:
         self._timeout = timeout
         self._prefix = URL(url).raw_path.rstrip("/")  # of all paths
         self._template: _Template | None = None  # for the pool, and for headers of all requests
+        self._free: deque[UpstreamConnection] = deque()  # open connections without a request, longest free first
+        self._timer: asyncio.TimerHandle | None = None  # that closes them
         self._heads: dict[tuple[str, ...], str] = {}
         """Lines for those headers, by the method and the names of a request's own. Those names are few: the proxy's."""
 
@@ -96,8 +95,34 @@ class PooledRequests:
             raise RuntimeError("Session is closed")
         template = self._template = self._template or self._create_template()
         serialised = self._serialise(template, method, path, headers, b"" if encode is None else encode())
+        connection = self._take() or await self._open(connector, template)
+        head = connection.send(serialised)
+        timer = asyncio.get_running_loop().call_later(self._timeout.sock_read or 0, connection.expire)
         try:
-            connection = await connector.connect(template, traces=[], timeout=self._timeout)
+            return await head
+        except BaseException:
+            if head.cancelled() or head.exception() is not None:
+                connection.close()
+            else:  # the response came first, and the connection may serve another request already
+                head.result().release()
+            raise
+        finally:
+            timer.cancel()
+
+    def _take(self) -> UpstreamConnection | None:
+        """Return the connection that has been free for the longest, if there is one that can be used."""
+        free, loop = self._free, asyncio.get_running_loop()
+        while free:
+            connection = free.popleft()
+            if connection.is_open and loop.time() - connection.free_since <= KEEP_ALIVE_S:
+                return connection
+            connection.close()
+        return None
+
+    async def _open(self, connector: aiohttp.BaseConnector, template: aiohttp.ClientRequest) -> UpstreamConnection:
+        """Open a connection, or take one that aiohttp has kept. Raises what aiohttp raises."""
+        try:
+            opened = await connector.connect(template, traces=[], timeout=self._timeout)
         except TimeoutError as error:
             raise aiohttp.ConnectionTimeoutError(f"Connection timeout to host {template.url}") from error
         except aiohttp.ClientError:
@@ -105,27 +130,30 @@ class PooledRequests:
         except OSError as error:
             raise aiohttp.ClientOSError(*error.args) from error
         try:
-            return await self._exchange(connection, serialised)
+            return UpstreamConnection(opened, self._keep)
         except BaseException:
-            connection.close()
+            opened.close()
             raise
 
-    async def _exchange(self, connection: Connection, request: bytes) -> PooledResponse:
-        protocol, transport = connection.protocol, connection.transport
-        if protocol is None or transport is None:
-            raise aiohttp.ServerDisconnectedError
-        protocol.set_response_params(read_until_eof=True, auto_decompress=False, read_timeout=None, timer=None)
-        transport.write(request)
-        timer = asyncio.get_running_loop().call_later(self._timeout.sock_read or 0, _expire, protocol)
-        try:
-            while True:
-                message, content = await protocol.read()
-                if message.code not in INFORMATIONAL or message.code == SWITCHING_PROTOCOLS:
-                    return PooledResponse(message.code, message.headers, content, connection)
-        except aiohttp.http.HttpProcessingError as error:
-            _raise_response_error(self._url, error)
-        finally:
-            timer.cancel()
+    def _keep(self, connection: UpstreamConnection) -> None:
+        """Keep a connection for another request."""
+        connector = self._session.connector
+        if connector is None or connector.limit:  # requests may wait until aiohttp has a connection
+            connection.hand_back()
+            return
+        loop = asyncio.get_running_loop()
+        connection.free_since = loop.time()
+        self._free.append(connection)
+        if self._timer is None:
+            self._timer = loop.call_later(KEEP_ALIVE_S, self._close_unused)
+
+    def _close_unused(self) -> None:
+        """Close connections that have had no request for KEEP_ALIVE_S seconds, and check again when others will."""
+        free, loop = self._free, asyncio.get_running_loop()
+        while free and (not free[0].is_open or loop.time() - free[0].free_since >= KEEP_ALIVE_S):
+            free.popleft().close()
+        due = free[0].free_since + KEEP_ALIVE_S if free else None
+        self._timer = None if due is None else loop.call_at(due, self._close_unused)
 
     def _create_template(self) -> _Template:
         """Return a request with the session's headers."""
@@ -152,70 +180,9 @@ class PooledRequests:
         return head.encode() + body
 
 
-class PooledResponse:
-    """Response to a pooled request. Its connection returns to the pool when the body ends."""
-
-    __slots__ = ("connection", "content", "headers", "status")
-
-    def __init__(
-        self, status: int, headers: CIMultiDictProxy[str], content: aiohttp.StreamReader, connection: Connection
-    ) -> None:
-        self.status = status
-        self.headers = headers
-        self.content = content
-        self.connection: Connection | None = connection
-        content.on_eof(self._give_back)
-
-    @property
-    def ok(self) -> bool:
-        """Whether the status is below 400."""
-        return self.status < 400
-
-    @property
-    def content_length(self) -> int | None:
-        """Announced length of the body in bytes, if there is one. aiohttp's parser accepts digits only."""
-        length = self.headers.get("content-length")
-        return None if length is None else int(length)
-
-    @property
-    def content_type(self) -> str:
-        """Media type without parameters, in lower case."""
-        return self.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
-
-    def release(self) -> None:
-        """Give the connection back to the pool, or close it if the body has not been read to its end."""
-        if self.connection is not None:
-            if self.content.exception() is None:
-                self.content.set_exception(_CLOSED)
-            self._give_back()
-
-    def _give_back(self) -> None:
-        connection, self.connection = self.connection, None
-        if connection is None:
-            return
-        transport = connection.transport
-        if transport is None or transport.get_write_buffer_size():  # it answered before it had read the request
-            connection.close()
-        else:
-            connection.release()
-
-
-def _expire(protocol: ResponseHandler) -> None:
-    """End the wait for the head of a response, with the error that aiohttp uses for silence."""
-    protocol.set_exception(aiohttp.SocketTimeoutError("Timeout on reading data from socket"))
-
-
 def _as_lines(headers: Mapping[str, str]) -> str:
     """Return headers as lines of a head. Raises ValueError for a header that would end its line."""
     lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
     if not lines.count("\r") == lines.count("\n") == len(headers) or "\0" in lines:
         raise ValueError("a header contains a line end or a NUL character")
     return lines
-
-
-def _raise_response_error(url: str, error: aiohttp.http.HttpProcessingError) -> NoReturn:
-    """Raise aiohttp's error for a response that is not HTTP."""
-    info = aiohttp.RequestInfo(URL(url), "", CIMultiDictProxy(CIMultiDict()), URL(url))
-    raise aiohttp.ClientResponseError(
-        info, (), status=error.code, message=error.message, headers=error.headers
-    ) from error
