@@ -286,10 +286,16 @@ class Store:
         return episodes[0] if episodes else None
 
     async def latest(
-        self, limit: int, model: str | None = None, client_id: str | None = None, without_controller: str | None = None
+        self,
+        limit: int,
+        model: str | None = None,
+        client_id: str | None = None,
+        without_controller: str | None = None,
+        tenant: str | None = None,
     ) -> list[ServedEpisode]:
         """Return the episodes that ended last, latest first, of a model or with a client's own request id.
 
+        `tenant` is the beginning of a tenant's hash.
         Episodes of the controller `without_controller`, or of that name with `@N`, are left out.
         """
         conditions: list[tuple[str, str]] = []
@@ -301,6 +307,8 @@ class Store:
             ]
         if model is not None:
             conditions.append(("model = ?", model))
+        if tenant is not None:
+            conditions.append((f"substr(tenant, 1, {len(tenant)}) = ?", tenant))
         if client_id is not None:
             conditions.append(("about LIKE ? ESCAPE '\\'", rows.client_id_pattern(client_id)))
         where = f"WHERE {' AND '.join(clause for clause, _ in conditions)} " if conditions else ""

@@ -18,7 +18,7 @@ import re
 import secrets
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import blake2b, sha256
 from hmac import compare_digest
 from pathlib import Path
@@ -46,6 +46,7 @@ _ADVICE: Final = {
     "bool_type": "it must be true or false, without quotes",
 }
 """Requirements of the fields of a key, by the type of pydantic's error."""
+_SHOWN_CHARS: Final = 8
 _LINE: Final = re.compile(r"line (\d+)")
 
 _HASH: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -115,6 +116,12 @@ def key_file_entry(name: str, token: str, *, admin: bool = False) -> str:
     if not NAME.fullmatch(name):
         raise SettingsError(f"keys: invalid name {name!r}; {_NAME_ADVICE}")
     return f'{name} = {{ sha256 = "{hash_key(token)}"{", admin = true" if admin else ""} }}'
+
+
+def tenant_names(keys: Iterable[Key], tenants: Iterable[str]) -> dict[str, str]:
+    """Return the name of each tenant's key; the beginning of its hash if it has none any more."""
+    names = {key.tenant: key.name for key in keys}
+    return {tenant: names.get(tenant, f"#{tenant[:_SHOWN_CHARS]}" if tenant else "no key") for tenant in tenants}
 
 
 def read_key_file(path: Path) -> tuple[Key, ...]:

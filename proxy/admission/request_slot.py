@@ -32,6 +32,7 @@ from proxy.admission.usage_meter import (
     UnboundedReplyMeter,
     last_reported_tokens,
 )
+from proxy.admission.usage_tally import KeyTally, UsageTally
 from proxy.errors import TooMany, UpstreamCircuitOpen, UpstreamUnreachable
 from proxy.http.leases import Leases
 from proxy.http.sse import StreamedResponse
@@ -59,12 +60,21 @@ _NOTHING_GENERATED: Final = frozenset(
 class RequestSlot:
     """The permit and reserved tokens of one request. `async with` waits for the permit and releases the slot."""
 
-    def __init__(self, permit: Permit, place: Place, reservation: Reservation, caps: EpisodeCaps) -> None:
+    def __init__(
+        self,
+        permit: Permit,
+        place: Place,
+        reservation: Reservation,
+        caps: EpisodeCaps,
+        tally: KeyTally,
+    ) -> None:
         self.caps = caps
         self.due = 0  # tokens charged if the slot is released without being settled
         self._permit = permit
         self._place = place
         self._reservation = reservation
+        self._tally = tally
+        self._is_tallied = False
 
     async def __aenter__(self) -> None:
         if not self._permit.is_ready:
@@ -79,6 +89,16 @@ class RequestSlot:
     def settle(self, cost: int) -> None:
         """Charge `cost` tokens. Only the first call counts."""
         self._reservation.settle(cost, time.monotonic())
+        if cost > 0 and not self._is_tallied:
+            self._add(cost)
+        self._is_tallied = True
+
+    def add_prompt(self, tokens: int) -> None:
+        """Record the tokens of the prompt, which budgets do not count, for the usage of the key."""
+        self._tally.add_prompt(tokens)
+
+    def _add(self, cost: int) -> None:
+        self._tally.add_served(cost)
 
     def release(self) -> None:
         """Charge the tokens that are due, unless the slot is settled, and free the rest and the permit."""
@@ -96,10 +116,11 @@ class PassthroughSlot(RequestSlot):
         place: Place,
         reservation: Reservation,
         caps: EpisodeCaps,
+        tally: KeyTally,
         bound: TokenBound,
         count: Callable[[int, str], object],
     ) -> None:
-        super().__init__(permit, place, reservation, caps)
+        super().__init__(permit, place, reservation, caps, tally)
         self._bound = bound
         self._count: Callable[[int, str], object] | None = count  # called once with the cost and its kind
 
@@ -124,6 +145,9 @@ class PassthroughSlot(RequestSlot):
             self.settle(last_reported_tokens(bytes(answered.body[-TAIL_BYTES:])) or 0)
         return answered
 
+    def _add(self, cost: int) -> None:
+        self._tally.add_passed(cost)
+
     def settle(self, cost: int, kind: str = PASSED_THROUGH) -> None:
         super().settle(cost)
         count, self._count = self._count, None
@@ -141,6 +165,7 @@ class RequestSlots:
         self._max_branches = settings.max_branches
         self._common = Caps(settings.max_branches, settings.max_total_tokens, settings.tokens_per_minute)
         self._metrics = metrics
+        self._tally = UsageTally()
         self._warned: set[str] = set()  # sources of caps that a warning has named
         self._queues = {"episode": self.episodes, "passed": self.passthrough}
         for kind, queue in self._queues.items():
@@ -188,7 +213,9 @@ class RequestSlots:
             caller,
             TokenLimit(bound.max_tokens, "as many as it may generate"),
             "set a smaller max_tokens",
-            lambda permit, place, reservation: PassthroughSlot(permit, place, reservation, caps, bound, count),
+            lambda permit, place, reservation: PassthroughSlot(
+                permit, place, reservation, caps, self._tally.adder(caller.key), bound, count
+            ),
         )
 
     def warn_of_cut(self, caps: EpisodeCaps) -> None:
@@ -215,7 +242,9 @@ class RequestSlots:
             caller,
             TokenLimit(caps.tokens, caps.source),
             "set tts.max_total_tokens or the key's limit `tokens`" if caller.key else "set tts.max_total_tokens",
-            lambda permit, place, reservation: RequestSlot(permit, place, reservation, caps),
+            lambda permit, place, reservation: RequestSlot(
+                permit, place, reservation, caps, self._tally.adder(caller.key)
+            ),
         )
 
     async def _acquire(
@@ -267,9 +296,10 @@ class RequestSlots:
         )
 
     async def as_json(self, callers: Mapping[str, Caps]) -> dict[str, Any]:
-        """Return running requests and the last minute's tokens, in total and for each of `callers` by key name.
+        """Return running requests and spent tokens, in total and for each of `callers` by key name.
 
-        With shared limits these are tokens over all proxies, and so are the running requests of keys that limit them.
+        `spent` has the last minute's tokens of keys that limit them, `since_start` those of each key in this process.
+        With shared limits `spent` is over all proxies, and so are the running requests of keys that limit them.
         """
         used = await self._limits.usage(callers)
 
@@ -281,6 +311,7 @@ class RequestSlots:
                 "passed": running.get("passed", self.passthrough.taken[holder]),
                 "waiting": self.episodes.waiting_of(holder) + self.passthrough.waiting_of(holder),
                 **_tokens(used[holder]),
+                "since_start": self._tally.of(holder).as_json(),
             }
 
         total = {
@@ -289,6 +320,7 @@ class RequestSlots:
             "passed": self.passthrough.in_flight,
             "waiting": self.episodes.waiting + self.passthrough.waiting,
             **_tokens(used[""]),
+            "since_start": self._tally.total.as_json(),
         }
         return {"all": total, "keys": {name: usage(name, caps) for name, caps in callers.items()}}
 

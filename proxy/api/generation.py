@@ -265,7 +265,7 @@ class GenerationEndpoints:
             with DisconnectCounter(service.metrics, plan.prompt.model):
                 async with fail_after(plan.remaining_s):
                     await stack.enter_async_context(slot)
-            return await serve_request(
+            reply = await serve_request(
                 service.engine,
                 service.grading,
                 service.controllers,
@@ -276,6 +276,8 @@ class GenerationEndpoints:
                 slot.settle,
                 partial(service.request_slots.warn_of_cut, slot.caps),
             )
+            slot.add_prompt(reply.usage["prompt_tokens"])
+            return reply
 
 
 def _reporting(parsed: GenerationRequest, put: Callable[[RoundNews], None]) -> _Report | None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
+from datetime import timedelta
 from http import HTTPStatus
 from typing import Final
 
@@ -12,12 +16,15 @@ from starlette.responses import JSONResponse, Response
 
 from controllers.rollout_state import RolloutStage
 from discovery.audit.explain import explain
-from discovery.errors import TraceError
+from discovery.errors import StoreError, TraceError
 from discovery.store import EpisodeDetails, ServedEpisode
+from discovery.store.usage.periods import Bucket, Period, UsageTotal
 from proxy.admission.auth import Caller
 from proxy.api.service import Service
 from proxy.errors import ApiError, NotFound
 from proxy.requests.parsing import parse_feedback_request
+
+logger = logging.getLogger(__name__)
 
 SHOWN_CHARS: Final = 100
 """Maximum characters of an answer in the explanation of an episode."""
@@ -84,13 +91,37 @@ class TtsEndpoints:
         return JSONResponse({"model": model.id, **calibration.as_json()})
 
     async def keys(self, _: Request) -> Response:
-        """Return the limits, the current usage and the rights of each key."""
+        """Return the limits, the usage and the rights of each key."""
         ring = self._service.authenticator.keyring
         configured = ring.keys if ring else ()
         usage = await self._service.request_slots.as_json({key.name: key.caps for key in configured})
+        recorded = await self._usage_of_last_day()
         for key in configured:
-            usage["keys"][key.name] |= {"admin": key.is_admin, "priority": key.has_priority, "beta": key.beta}
+            usage["keys"][key.name] |= {
+                "last_day": None if recorded is None else _as_json([recorded[key.tenant]]),
+                "admin": key.is_admin,
+                "priority": key.has_priority,
+                "beta": key.beta,
+            }
+        usage["all"]["last_day"] = None if recorded is None else _as_json(recorded.values())
         return JSONResponse(usage)
+
+    async def _usage_of_last_day(self) -> defaultdict[str, UsageTotal] | None:
+        """Return what the store knows of each tenant's requests in the last 24 hours; None if it cannot be read."""
+        reader = self._service.usage
+        if reader is None:
+            return None
+        try:
+            totals = await reader.by_tenant(Period.until_now(timedelta(days=1), Bucket.HOUR))
+        except StoreError as error:
+            logger.warning("the usage of keys cannot be read: %s", error)
+            return None
+        return defaultdict(lambda: UsageTotal("", 0, 0, 0.0), {total.name: total for total in totals})
+
+
+def _as_json(totals: Iterable[UsageTotal]) -> dict[str, int]:
+    listed = list(totals)
+    return {"requests": sum(each.requests for each in listed), "tokens": sum(each.tokens for each in listed)}
 
 
 def _explained(episode: ServedEpisode) -> Response:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Final
 
 from discovery.store.usage.periods import Bucket, Period, Scope
+from proxy.admission import api_keys
 from proxy.api.service import Service
 from proxy.ui.page import PageContext
 
@@ -21,7 +22,6 @@ RANGES: Final[Mapping[str, tuple[str, timedelta, Bucket]]] = MappingProxyType(
     }
 )
 """Periods by the name that URLs have: title, duration and buckets."""
-_SHOWN_CHARS: Final = 8
 
 
 def period_of(name: str) -> Period:
@@ -41,5 +41,4 @@ def scope_of(context: PageContext) -> Scope:
 def tenant_names(service: Service, tenants: Iterable[str]) -> dict[str, str]:
     """Return the name of each tenant's key; the beginning of its hash if it has none any more."""
     keyring = service.authenticator.keyring
-    names = {} if keyring is None else {key.tenant: key.name for key in keyring.keys}
-    return {tenant: names.get(tenant, f"#{tenant[:_SHOWN_CHARS]}" if tenant else "no key") for tenant in tenants}
+    return api_keys.tenant_names(() if keyring is None else keyring.keys, tenants)

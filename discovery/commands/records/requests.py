@@ -18,6 +18,7 @@ HEADINGS = (
     "ended (UTC)",
     "request",
     "client's id",
+    "key",
     "model",
     "controller",
     "β",
@@ -28,6 +29,8 @@ HEADINGS = (
 )
 RIGHT = ("β", "branches", "tokens")
 
+SHOWN_CHARS = 8
+"""Characters of a tenant's hash that the table shows."""
 RECORDER = "everything"
 """Controller of the requests of `autotts collect`, which would push clients' requests off the list."""
 
@@ -47,6 +50,10 @@ def list_requests(
     client_id: Annotated[
         str | None, typer.Option("--client-id", help="only requests with this client x-request-id")
     ] = None,
+    tenant: Annotated[
+        str | None,
+        typer.Option(help="only requests of this key: its tenant in `autotts keys list`, or the beginning of that"),
+    ] = None,
     with_recordings: Annotated[
         bool, typer.Option("--all", help=f"also requests that only record branches (controller {RECORDER})")
     ] = False,
@@ -54,28 +61,33 @@ def list_requests(
 ) -> None:
     """List the latest requests with their cost and feedback."""
     hidden = None if with_recordings or client_id is not None else RECORDER
+    beginning = None if tenant is None else tenant.removeprefix("#")
 
     async def read(opened: Store) -> list[tuple[ServedEpisode, list[Feedback]]]:
-        latest = await opened.latest(limit, model, client_id, hidden)
+        latest = await opened.latest(limit, model, client_id, hidden, beginning)
         return [(episode, await opened.feedback(episode.request_id)) for episode in latest]
 
     rows = [_figures(episode, feedback) for episode, feedback in with_store(place, read)]
     if as_json:
         sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
         return
-    has_names = any(row["client_request_id"] for row in rows)
+    left_out = {
+        *(["client's id"] if not any(row["client_request_id"] for row in rows) else []),
+        *(["key"] if not any(row["tenant"] for row in rows) else []),
+    }
     table = Table(title=str(place), title_justify="left")
     for heading in HEADINGS:
         is_id = heading == "request"  # users copy it
-        if heading != "client's id" or has_names:
+        if heading not in left_out:
             right = heading in RIGHT
             table.add_column(heading, justify="right" if right else "left", overflow="fold", no_wrap=is_id)
     for row in rows:
         feedback = ", ".join(f"{kind} {value}" for kind, value in row["feedback"].items())
-        names = [row["request"], *([row["client_request_id"] or ""] if has_names else []), row["model"]]
+        key = f"#{row['tenant'][:SHOWN_CHARS]}" if row["tenant"] else ""
+        names = (row["request"], row["client_request_id"] or "", key, row["model"], row["controller"])
         about = (f"{row['beta']:g}", row["stop"], str(row["branches"]), f"{row['tokens']:,}", feedback)
-        cells = (row["created"][:19], *names, row["controller"], *about)
-        add_plain_row(table, *cells)
+        cells = zip(HEADINGS, (row["created"][:19], *names, *about), strict=True)
+        add_plain_row(table, *(cell for heading, cell in cells if heading not in left_out))
     console = wide_console()
     console.print(table)
     if not rows:
@@ -86,6 +98,7 @@ def _figures(episode: ServedEpisode, feedback: list[Feedback]) -> dict[str, Any]
     return {
         "request": episode.request_id,
         "client_request_id": episode.about.get("client_request_id"),
+        "tenant": episode.tenant,
         "created": episode.created,
         "model": episode.model,
         "controller": episode.controller,

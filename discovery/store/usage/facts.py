@@ -53,6 +53,16 @@ def stored_facts(row: Sequence[Any]) -> Facts | None:
         return None
 
 
+def prompt_tokens_of(about_text: object) -> int:
+    """Return the prompt tokens in the stored details of an episode; 0 without a reply, or if they are corrupt."""
+    try:
+        usage = parse_json(about_text).get("usage", {})  # type: ignore[arg-type]
+        tokens = usage.get("prompt_tokens", 0)
+    except (TypeError, ValueError, AttributeError):
+        return 0
+    return tokens if type(tokens) is int else 0
+
+
 def _facts(identity: Facts, fallback: str | None, seconds: float, ledger: Mapping[str, int]) -> Facts:
     spent = ledger.get
     timing = (fallback is not None, seconds, latency_step(seconds))

@@ -7,6 +7,7 @@ proxy can start before its store exists.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime
@@ -19,7 +20,7 @@ from discovery.store.databases.opening import open_connection
 from discovery.store.databases.places import StorePlace
 from discovery.store.records import stored_time
 from discovery.store.schema import MIGRATIONS
-from discovery.store.usage.facts import FAILED_STOPS, KINDS
+from discovery.store.usage.facts import FAILED_STOPS, KINDS, prompt_tokens_of
 from discovery.store.usage.periods import ALL, Bucket, CostOfBeta, Period, Scope, UsagePoint, UsageTotal
 from discovery.store.usage.requests import (
     MAX_COUNTED,
@@ -30,7 +31,7 @@ from discovery.store.usage.requests import (
     RequestFilter,
     RequestPage,
 )
-from discovery.store.usage.sums import DAY, HOUR, LAST, Measure, name_expressions
+from discovery.store.usage.sums import BATCH, DAY, HOUR, LAST, Measure, name_expressions
 
 WAIT_MS: Final = 1_000
 """Milliseconds to wait for another process's transaction when the store is opened."""
@@ -146,6 +147,26 @@ class UsageReader:
         """Return the sums of a period by tenant, most tokens first. The empty name is callers without a key."""
         sums = await self._sums(Measure.STOP, period, scope, "tenant")
         return sorted(_totals(sums), key=lambda total: (-total.tokens, total.name))
+
+    async def prompt_tokens(self, period: Period) -> Counter[str]:
+        """Return the prompt tokens of a period by tenant, of requests with a reply.
+
+        They are read from the episodes themselves, so this takes seconds for a million requests.
+        """
+        sums: Counter[str] = Counter()
+        first, last_bucket = period.bounds
+        after = (first, "")
+        while True:
+            rows = await self.read(
+                "SELECT created, id, tenant, about FROM episodes WHERE (created, id) > (?, ?) AND created < ? "
+                "ORDER BY created, id LIMIT ?",
+                [*after, last_bucket + LAST, BATCH],
+            )
+            for _, _, tenant, about in rows:
+                sums[tenant] += prompt_tokens_of(about)
+            if len(rows) < BATCH:
+                return sums
+            after = rows[-1][:2]
 
     async def costs(self, model: str, since: datetime, tenant: str | None = None) -> list[CostOfBeta]:
         """Return mean tokens and seconds by controller and β, of the latest full answers of a model since a time."""

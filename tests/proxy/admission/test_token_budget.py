@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections import OrderedDict
 from contextlib import suppress
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -467,6 +468,44 @@ async def test_forwarded_requests_are_charged_by_reported_usage(backend: FakeVLL
         assert statuses == [200, 200, 200, 429] or statuses == [200, 200, 429, 429]
         assert budget["reserved"] == budget["passed"] == 0
         assert budget["spent"] == backend.generated
+
+
+async def test_what_a_key_without_limits_spent_is_known_since_the_start_and_from_the_store(
+    backend: FakeVLLM, tmp_path: Path
+) -> None:
+    file = keyed(tmp_path / "keys.toml")
+    settings = load(upstream=backend.url, keys=file, admin_key=BOSS, store=tmp_path / "s.db", **SMALL)
+    async with running(settings) as url, aiohttp.ClientSession() as http:
+
+        async def usage() -> Any:
+            async with http.get(f"{url}/v1/tts/keys", headers=bearer(BOSS)) as response:
+                return await response.json()
+
+        replies = [(await ask(http, url, ALICE, "0.5"))[2] for _ in range(2)]
+        tokens = sum(reply["tts"]["tokens"]["total"] for reply in replies)
+        prompts = sum(reply["usage"]["prompt_tokens"] for reply in replies)
+        _, _, refused = await ask(http, url, ALICE, "0.5", max_tokens=-1)
+        assert "error" in refused
+        passed = -backend.generated
+        body = {"model": "fake-model", "prompt": [[ord("t")]], "max_tokens": 4}
+        async with http.post(f"{url}/v1/completions", json=body, headers=bearer(ALICE)) as response:
+            await response.read()
+        passed += backend.generated
+        used = await usage()
+        for holder in (used["all"], used["keys"]["alice"]):
+            assert holder["since_start"] == {
+                "served": {"requests": 2, "tokens": tokens, "prompt_tokens": prompts},
+                "passed_through": {"requests": 1, "tokens": passed},
+            }
+        assert used["keys"]["alice"]["spent"] is None
+        assert used["keys"]["bob"]["since_start"]["served"]["requests"] == 0
+        async with asyncio.timeout(10):
+            for _ in repeat(None):
+                used = await usage()
+                if (used["keys"]["alice"]["last_day"] or {}).get("requests") == 2:  # null until the store exists
+                    break
+        assert used["all"]["last_day"] == used["keys"]["alice"]["last_day"] == {"requests": 2, "tokens": tokens}
+        assert used["keys"]["bob"]["last_day"] == {"requests": 0, "tokens": 0}
 
 
 def test_a_rate_limit_counts_the_last_minute_per_holder() -> None:

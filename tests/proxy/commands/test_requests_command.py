@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from discovery.store import Store
+from proxy.admission import api_keys
 from tests.fakes import MODEL, FakeVLLM
 from tests.proxy.recording.test_episode_log import ADMIN, call, serving
 from tests.proxy.test_cli import autotts
@@ -46,6 +47,23 @@ async def test_requests_list_shows_the_latest_request_first(backend: FakeVLLM, t
     table = autotts("requests", "list", "--store", str(path)).stdout
     assert all(request_id in table for request_id in ids)
     assert "correct True" in table
+
+
+async def test_requests_can_be_listed_by_key(backend: FakeVLLM, tmp_path: Path) -> None:
+    path, keys = tmp_path / "s.db", tmp_path / "keys.toml"
+    keys.write_text("\n".join(api_keys.key_file_entry(name, name) for name in ("alice", "bob")))
+    body = {"messages": [{"role": "user", "content": "hi"}], "tts": {"beta": 0, "answer": "boxed"}}
+    async with serving(backend, path, keys=keys) as proxy:
+        for name in ("alice", "bob", "alice"):
+            assert (await call(proxy, "POST", "/v1/chat/completions", name, body))[0] == 200
+    tenants = {key.name: key.tenant for key in api_keys.read_key_file(keys)}
+    assert [row["tenant"] for row in listed(path)] == [tenants[name] for name in ("alice", "bob", "alice")]
+    for beginning in (tenants["alice"], f"#{tenants['alice'][:8]}"):
+        assert [row["tenant"] for row in listed(path, "--tenant", beginning)] == [tenants["alice"]] * 2
+    table = autotts("requests", "list", "--store", str(path)).stdout
+    assert f"#{tenants['bob'][:8]}" in table
+    usage = json.loads(autotts("keys", "usage", str(keys), "--store", str(path), "--json").stdout)
+    assert [(row["key"], row["requests"]) for row in usage["keys"]] == [("alice", 2), ("bob", 1)]
 
 
 async def test_requests_that_only_record_branches_are_listed_with_all(backend: FakeVLLM, tmp_path: Path) -> None:

@@ -117,6 +117,23 @@ def test_a_period_has_a_bucket_for_every_hour() -> None:
     assert [start.hour for start in period.buckets()] == [22, 23, 0, 1]
 
 
+async def test_prompt_tokens_are_summed_by_tenant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("discovery.store.usage.reader.BATCH", 7)
+    prompts = [{"usage": {"prompt_tokens": number}} if number % 3 else {} for number in range(60)]
+    all_served = [
+        replace(episode, about={**episode.about, **about})  # type: ignore[typeddict-item]
+        for episode, about in zip(served(60), prompts, strict=True)
+    ]
+    await store_of(tmp_path / "s.db", all_served)
+    period = Period(END - timedelta(days=10), END, Bucket.DAY)
+    async with UsageReader(tmp_path / "s.db") as reader:
+        sums = await reader.prompt_tokens(period)
+    first = period.bounds[0]
+    for tenant in {episode.tenant for episode in all_served}:
+        mine = [e for e in all_served if e.tenant == tenant and e.created >= first]
+        assert sums[tenant] == sum(e.about.get("usage", {}).get("prompt_tokens", 0) for e in mine)
+
+
 async def test_costs_are_means_of_the_requests_on_one_model(filled: StorePlace) -> None:
     async with UsageReader(filled) as reader:
         costs = await reader.costs(MODEL, END - timedelta(days=40))

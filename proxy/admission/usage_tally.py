@@ -1,0 +1,67 @@
+"""Tally of what each configured key has spent since the process started, whether it has limits or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class SpentTokens:
+    """Requests that spent tokens, and these tokens. Prompts are known of requests that controllers served."""
+
+    served: int = 0  # by controllers
+    served_tokens: int = 0  # of branches and probes, as in the bill
+    prompt_tokens: int = 0  # `usage.prompt_tokens` of replies
+    passed: int = 0  # through
+    passed_tokens: int = 0
+
+    def as_json(self) -> dict[str, dict[str, int]]:
+        """Return it as it appears in `GET /v1/tts/keys`."""
+        return {
+            "served": {
+                "requests": self.served,
+                "tokens": self.served_tokens,
+                "prompt_tokens": self.prompt_tokens,
+            },
+            "passed_through": {"requests": self.passed, "tokens": self.passed_tokens},
+        }
+
+
+class KeyTally:
+    """Adds the requests of one key to its sums and to the total."""
+
+    def __init__(self, *sums: SpentTokens) -> None:
+        self._sums = sums
+
+    def add_served(self, tokens: int) -> None:
+        """Add a request that a controller served."""
+        for spent in self._sums:
+            spent.served += 1
+            spent.served_tokens += tokens
+
+    def add_prompt(self, tokens: int) -> None:
+        """Add the prompt of a request that a controller served."""
+        for spent in self._sums:
+            spent.prompt_tokens += tokens
+
+    def add_passed(self, tokens: int) -> None:
+        """Add a request that was passed through."""
+        for spent in self._sums:
+            spent.passed += 1
+            spent.passed_tokens += tokens
+
+
+class UsageTally:
+    """Sums by key. Callers without a key only count in the total, because they could send any token."""
+
+    def __init__(self) -> None:
+        self.total = SpentTokens()
+        self._by_key: dict[str, SpentTokens] = {}
+
+    def of(self, key: str) -> SpentTokens:
+        """Return the sums of a key."""
+        return self._by_key.get(key, SpentTokens())
+
+    def adder(self, key: str) -> KeyTally:
+        """Return what adds the requests of a caller; `key` is empty for callers without one."""
+        return KeyTally(self.total, self._by_key.setdefault(key, SpentTokens())) if key else KeyTally(self.total)
