@@ -83,6 +83,10 @@ NOT_RUN: Final = {
     "autotts import jsonl ../shared/replay/boinf/aime202*.jsonl.xz --store boinf.db": "needs the public recordings",
     "autotts evaluate --recordings boinf.db --controllers sc@64,asc,adaptive_consistency,short_m_at_k,cmc --betas 1 "
     "--shuffles 10": "needs the public recordings",
+    "autotts evaluate --recordings ../shared/replay/autotts --models Qwen3-1.7B,Qwen3-8B --benchmarks aime25 "
+    "--controllers single,adaptive_consistency --betas 0.25,0.5,0.75,1 --shuffles 10": (
+        "needs the public recordings; tests/discovery/evaluation/test_published.py has its figures"
+    ),
     "autotts evaluate --recordings ../shared/replay/autotts --controllers "
     "sc@64,adaptive_consistency,cmc,parallel_probe,short_m_at_k --betas 1 --shuffles 10 --benchmarks aime25": (
         "needs the public recordings"

@@ -159,6 +159,24 @@ def test_the_manual_quotes_figures_of_the_report(document: Path) -> None:
     assert wrong_quotes(document, section_texts(REPORT.read_text("utf-8"))) == []
 
 
+@pytest.mark.skipif(not REPORT.exists(), reason="the report has not been written; `make report` writes it")
+def test_the_multiples_of_what_a_beta_costs_are_those_of_the_report() -> None:
+    demo = section_texts(REPORT.read_text("utf-8"))["accuracy-over-tokens-on-the-embedded-model"]
+    tokens = {cells[1].strip(): float(cells[3].replace(",", "")) for cells in rows_of(demo, "│") if len(cells) > 4}
+    page = (ROOT / "docs" / "beta.md").read_text("utf-8").partition("| tokens at |")[2]
+    shown = {cells[1].strip(): cells[2].strip() for cells in rows_of(page, "|") if cells[1].startswith(" β = ")}
+    table = dict(list(shown.items())[:4])
+    assert table == {beta: f"{tokens[beta] / tokens['single sample']:.1f} ×" for beta in table}
+    plain = [round(tokens[beta] / tokens["single sample"]) for beta in ("β = 0.25", "β = 0.5", "β = 1")]
+    said = "about {}, {} and {} times as many".format(*plain)
+    assert said in " ".join((ROOT / "README.md").read_text("utf-8").split())
+
+
+def rows_of(text: str, bar: str) -> list[list[str]]:
+    """Return the cells of each line that begins with a bar."""
+    return [line.split(bar) for line in text.splitlines() if line.startswith(bar)]
+
+
 def test_a_table_of_figures_needs_a_command_or_a_quote() -> None:
     table = "| a | 1.5 ms | **+2** |\n| b | 3 % | -1 (0 to 2) |\n"
     assert tables_without_source(f"# Page\n\n## Bare\n\n{table}\n## Next\n\n```sh\nmake x\n```\n") == ["## Bare"]

@@ -193,3 +193,22 @@ def _episode(recording: Recording, controller: Controller) -> tuple[object, int]
     run_sync(run_episode(controller, environment, state, lambda _, played: rounds.append(played)))
     what = environment.is_right(state.answer), [(b.tokens, b.finished, b.pruned) for b in state.branches]
     return what, sum(action.verb is Verb.PROBE for played in rounds for action in played.actions)
+
+
+@pytest.mark.parametrize(
+    ("model", "benchmark", "multiples"),
+    with_soak(
+        ("Qwen3-1.7B", "aime25", {0.25: "6.0", 0.5: "17.2", 0.75: "22.5", 1.0: "26.4"}),
+        ("Qwen3-8B", "aime25", {0.25: "4.7", 0.5: "13.8", 0.75: "16.6", 1.0: "20.1"}),
+    ),
+)
+def test_the_page_on_beta_has_the_cost_of_the_default_as_a_multiple_of_one_chain(
+    model: str, benchmark: str, multiples: dict[float, str]
+) -> None:
+    _, plain = measure(model, benchmark, "single", 0.5, 10)
+    measured = {beta: measure(model, benchmark, "adaptive_consistency", beta, 10)[1] / plain for beta in multiples}
+    assert {beta: f"{value:.1f}" for beta, value in measured.items()} == multiples
+    page = (Path(__file__).parents[3] / "docs" / "beta.md").read_text("utf-8")
+    column = {"Qwen3-1.7B": 3, "Qwen3-8B": 4}[model]
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| β = ")]
+    assert [row[column].strip(" ×") for row in rows] == list(multiples.values())
