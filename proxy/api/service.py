@@ -25,6 +25,7 @@ from proxy.settings import Settings
 from proxy.telemetry import otel_metrics, tracing
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.worker_metrics import WorkerMetrics, WorkerPlace
+from proxy.upstream.circuit_breaker import BreakerState
 from proxy.upstream.fleet.factory import create_upstream
 from proxy.upstream.health_monitor import HealthMonitor
 
@@ -52,7 +53,7 @@ class Service:
             observer=tracing.TelemetryObserver(self.metrics, self.tracer),
             on_event=self._count_upstream_event,
         )
-        self.health_monitor = HealthMonitor(self._check_upstream, self.metrics)
+        self.health_monitor = HealthMonitor(engine.display_url, self._check_upstream, self.metrics)
         self.unapplied = UnappliedBeta(self.metrics, is_required=settings.required)
         self.grading = GraderPool(self.metrics)
         self.controllers = ControllerManager(settings, self.metrics, calibrations)
@@ -75,6 +76,7 @@ class Service:
         engine, keyring = self.engine, self.authenticator.keyring
         self.metrics.branches_in_flight.set_function(lambda: engine.branches_in_flight)
         self.metrics.calls_waiting.set_function(lambda: engine.calls_waiting)
+        self.metrics.upstream_circuit_open.set_function(lambda: engine.circuit_breaker != BreakerState.CLOSED.value)
         if keyring is not None:
             self.metrics.keys_broken.set_function(lambda: keyring.is_broken)
 

@@ -39,7 +39,8 @@ class StatusEndpoints:
         status: dict[str, object] = {"ready": is_up}
         if service.authenticator.is_authenticated(request):
             sandbox = {"level": service.controllers.sandboxes.level, "lacking": service.controllers.sandboxes.lacking}
-            status |= {"upstream": service.engine.display_url, "models": service.served, "sandbox": sandbox}
+            status |= {"upstream": service.engine.display_url, "circuit_breaker": service.engine.circuit_breaker}
+            status |= {"models": service.served, "sandbox": sandbox}
             if states := service.engine.replica_states():
                 status["replicas"] = [state._asdict() for state in states]
             status["recorder"] = service.episode_log.writer.as_json()

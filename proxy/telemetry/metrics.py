@@ -303,6 +303,11 @@ class Metrics:
     upstream_up = MetricRow(
         Gauge, "autotts_upstream_up", "Whether the latest health check of the upstream passed: 1 or 0."
     )
+    upstream_circuit_open = MetricRow(
+        Gauge,
+        "autotts_upstream_circuit_open",
+        "Whether the circuit breaker refuses requests: 1 or 0. With several upstreams, whether all of theirs do.",
+    )
     upstream_requests = MetricRow(
         Counter,
         "autotts_upstream_requests",

@@ -2,8 +2,8 @@
 
                  5 connections fail in a row, or a health check fails
           closed ────────────────────────────────────────────────────▶ open
-             ▲                                                          │ 30 s, longer each time
-             └──────────────── the health check passes ──── half-open ◀─┘
+             ▲                                                          │ 30 s, longer each time,
+             └──────────────── the health check passes ──── half-open ◀─┘ or the upstream answers again
 
 A failed request (an error, a broken connection, no response) may itself be the cause, and one client could send only
 such requests. Such a failure is therefore only a suspicion. Five suspicions in a row start a health check
@@ -25,6 +25,8 @@ MAX_OPENINGS: Final = 10
 """Largest n. After MAX_OPENINGS * OPEN_S seconds without opening, the count restarts at 1."""
 CHECK_PAUSE_S: Final = 1.0
 """Minimum seconds after a passed health check before suspicions start another one."""
+EARLY_S: Final = 5.0
+"""Seconds until a retry makes sense while the upstream may come back: it is asked that often (`health_monitor.py`)."""
 
 
 class BreakerState(Enum):
@@ -45,6 +47,7 @@ class Breaker:
         self._last_passed = float("-inf")  # when the latest health check passed
         self._openings = 0  # in a row
         self._open_until = 0.0  # also after it has closed again
+        self._may_close_early = True  # whether an answer of the upstream starts a health check before that time
         self._state = BreakerState.CLOSED
 
     @property
@@ -66,8 +69,13 @@ class Breaker:
 
     @property
     def wait_s(self) -> float:
-        """Seconds until a retry makes sense."""
+        """Seconds until the open time has passed."""
         return max(0.0, self._open_until - self._clock())
+
+    @property
+    def retry_s(self) -> float:
+        """Seconds until a retry makes sense."""
+        return min(self.wait_s, EARLY_S) if self._may_close_early else self.wait_s
 
     def succeed(self) -> None:
         """Record a request that was served."""
@@ -90,6 +98,15 @@ class Breaker:
         self._suspicions += 1
         return self._suspicions >= FAILURES and self._clock() >= self._last_passed + CHECK_PAUSE_S
 
+    def note_answer(self, *, has_answered: bool) -> bool:
+        """Record whether the upstream answers at all. Return whether a health check must decide the next state.
+
+        That is so when it is due, and once after the upstream has been silent: it may have been restarted.
+        """
+        is_wanted = self.is_due or (not self.is_closed and has_answered and self._may_close_early)
+        self._may_close_early = not has_answered or (self._may_close_early and not is_wanted)
+        return is_wanted
+
     def begin_check(self) -> None:
         """Record that a health check begins."""
         if self._state is BreakerState.OPEN:
@@ -99,6 +116,7 @@ class Breaker:
         """Record the result of a health check. Return whether the breaker opened."""
         if is_up:
             self._state = BreakerState.CLOSED
+            self._may_close_early = True
             self._failures = self._suspicions = 0
             self._last_passed = self._clock()
             return False
@@ -111,6 +129,7 @@ class Breaker:
         """Forget all failures: the upstream has been restarted."""
         self._failures = self._suspicions = self._openings = 0
         self._open_until = 0.0
+        self._may_close_early = True
         self._state = BreakerState.CLOSED
 
     def _open(self) -> None:

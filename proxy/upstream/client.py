@@ -114,6 +114,11 @@ class UpstreamClient:
         return self.breaker.is_closed
 
     @property
+    def circuit_breaker(self) -> str:
+        """State of the circuit breaker: `closed`, `open` or `half-open`."""
+        return self.breaker.state.value
+
+    @property
     def branches_in_flight(self) -> int:
         """Number of branches that are being generated."""
         return self.branch_semaphore.taken
@@ -159,16 +164,12 @@ class UpstreamClient:
 
     # Health and load
 
-    async def check(self, seconds: float | None = None) -> None:
-        """Run a health check, or join the one under way. Returns after `seconds` at the latest."""
-        await self._transport.check(seconds)
-
-    async def answers(self) -> bool:
-        """Return whether the upstream answers at all, also while the circuit breaker is open."""
-        return await self._transport.answers()
-
     async def is_healthy(self) -> bool:
-        """Return whether the upstream's `/health` answers 200."""
+        """Return whether the upstream's `/health` answers 200, and requests may go out.
+
+        An open circuit breaker closes if the upstream has come back. While nothing is sent, nothing else closes it.
+        """
+        await self._transport.try_to_close()
         try:
             async with self._transport.request("GET", "/health", is_check=True) as response:
                 return response.status == HTTPStatus.OK

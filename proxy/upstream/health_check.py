@@ -6,6 +6,7 @@ out, the server's own counters show whether it is stuck or busy with other reque
 
 from __future__ import annotations
 
+import logging
 import math
 from http import HTTPStatus
 from typing import Any, Final
@@ -14,6 +15,8 @@ import aiohttp
 
 from proxy.errors import UpstreamProtocolError
 from proxy.upstream.response_body import MAX_PAGE_BYTES, parse_object, read_body
+
+logger = logging.getLogger(__name__)
 
 ANSWER_S: Final = 5.0
 """Timeout in seconds of each request of a check."""
@@ -28,6 +31,14 @@ _NOT_IMPLEMENTED: Final = int(HTTPStatus.NOT_IMPLEMENTED)
 def is_failure(status: int) -> bool:
     """Return whether a status means that the upstream failed. 501 does not: it reports a missing feature."""
     return status >= _ERROR and status != _NOT_IMPLEMENTED
+
+
+def log_change(name: str, was_up: bool | None, is_up: bool, consequence: str) -> None:
+    """Log that an upstream went down, and what follows from it, or that it is up again. `was_up` is None at first."""
+    if was_up is not False and not is_up:
+        logger.warning("upstream %s is down; %s", name, consequence)
+    elif was_up is False and is_up:
+        logger.warning("upstream %s is up again", name)
 
 
 class HealthCheck:

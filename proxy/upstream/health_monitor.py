@@ -1,4 +1,4 @@
-"""Check the upstream's health every few seconds, for the metrics and for `/ready`."""
+"""Check the upstream's health every few seconds, for the metrics, for `/ready`, and so that open breakers close."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Final
 
 from proxy.telemetry.metrics import Metrics
+from proxy.upstream.health_check import log_change
 
 CHECK_INTERVAL_S = 5.0
 """Seconds between periodic checks."""
@@ -20,12 +21,17 @@ class HealthMonitor:
     """Runs health checks of the upstream and keeps the latest result. `check` performs one check."""
 
     def __init__(
-        self, check: Callable[[], Awaitable[bool]], metrics: Metrics, clock: Callable[[], float] = time.monotonic
+        self,
+        name: str,
+        check: Callable[[], Awaitable[bool]],
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._name = name  # of the upstream, for the log
         self._check = check
         self._metrics = metrics
         self._clock = clock
-        self._is_healthy = False
+        self._is_healthy: bool | None = None  # None before the first check
         self._checked_at = float("-inf")  # when the latest check ended
         self._under_way: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -48,11 +54,12 @@ class HealthMonitor:
             if self._under_way is None or self._under_way.done():
                 self._under_way = asyncio.create_task(self._check_once())
             await asyncio.wait([self._under_way])
-        return self._is_healthy
+        return self._is_healthy is True
 
     async def _check_once(self) -> None:
-        self._is_healthy = await self._check()
+        was_healthy, self._is_healthy = self._is_healthy, await self._check()
         self._checked_at = self._clock()
+        log_change(self._name, was_healthy, self._is_healthy, "/ready is 503 until a health check passes")
         self._metrics.upstream_up.set(self._is_healthy)
 
     async def _repeat(self) -> None:

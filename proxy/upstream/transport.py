@@ -101,9 +101,12 @@ class UpstreamTransport:
         """Run a health check, or join the one under way. Returns after `seconds` at the latest."""
         await asyncio.wait([self._begin_check()], timeout=seconds)
 
-    async def answers(self) -> bool:
-        """Return whether the upstream answers at all, also while the circuit breaker is open."""
-        return await self._health_check.answers()
+    async def try_to_close(self) -> None:
+        """If the circuit breaker is open and the upstream seems to be back, let a health check close it."""
+        if not self.breaker.is_closed:
+            has_answered = await self._health_check.answers()
+            if self.breaker.note_answer(has_answered=has_answered):
+                await self.check(CHECK_S)
 
     def _begin_check(self) -> asyncio.Task[None]:
         if self._checking is None or self._checking.done():
@@ -118,11 +121,15 @@ class UpstreamTransport:
             self._report_open()
         elif is_up and was_closed:
             logger.warning("upstream %s failed several requests in a row but passes the health check", self.display_url)
+        elif is_up:
+            logger.warning("upstream %s generates again; the circuit breaker has closed", self.display_url)
 
     def _report_open(self) -> None:
         self._on_event("ejected")
         logger.error(
-            "upstream %s is down; the circuit breaker stays open for %.0f s", self.display_url, self.breaker.wait_s
+            "upstream %s is down; the circuit breaker stays open for %.0f s, or until it answers again",
+            self.display_url,
+            self.breaker.wait_s,
         )
 
     # Requests
@@ -233,7 +240,7 @@ class UpstreamTransport:
             await self.check(CHECK_S)
         if not self.breaker.is_closed:
             message = f"upstream {self.display_url} failed repeatedly and its circuit breaker is open; retry later"
-            raise UpstreamCircuitOpen(message, after=self.breaker.wait_s)
+            raise UpstreamCircuitOpen(message, after=self.breaker.retry_s)
 
     def record_failure(self, error: BaseException | None = None) -> None:
         """Count a request that failed with `error` or with an error status. This may start a health check."""

@@ -78,6 +78,7 @@ async def _values(context: PageContext) -> dict[str, Any]:
         "is_up": await service.health_monitor.is_ready() and service.engine.is_available,
         "upstream": service.engine.display_url,
         "replicas": service.engine.replica_states(),
+        "circuit_breaker": service.engine.circuit_breaker,
         "sandboxes": service.controllers.sandboxes,
         "recorder": service.episode_log.writer.as_json(),
         "stages": _stages(service),

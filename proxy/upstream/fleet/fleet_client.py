@@ -11,10 +11,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import AsyncExitStack, asynccontextmanager
 from copy import copy
 from math import ceil
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from proxy.errors import UpstreamError, UpstreamUnreachable
 from proxy.types import Call, Model, ReplicaStatus, UpstreamObserver
+from proxy.upstream.circuit_breaker import BreakerState
 from proxy.upstream.client import UpstreamClient, card_model
 from proxy.upstream.connections.pooled_request import UpstreamResponse
 from proxy.upstream.detokeniser import TokenEndings
@@ -24,6 +25,7 @@ from proxy.upstream.fleet.replica import Replica
 from proxy.upstream.load_metrics import UpstreamLoad
 from proxy.upstream.retry import UNPROCESSED_STATUSES
 
+BEST_FIRST: Final = (BreakerState.CLOSED, BreakerState.HALF_OPEN, BreakerState.OPEN)
 T = TypeVar("T")
 
 
@@ -57,6 +59,12 @@ class FleetClient:
     def is_available(self) -> bool:
         """Whether a replica takes requests."""
         return any(replica.is_available for replica in self._fleet.replicas)
+
+    @property
+    def circuit_breaker(self) -> str:
+        """State of the circuit breaker that is closest to closed."""
+        states = {replica.client.circuit_breaker for replica in self._fleet.replicas}
+        return next((state.value for state in BEST_FIRST if state.value in states), BreakerState.CLOSED.value)
 
     @property
     def branches_in_flight(self) -> int:

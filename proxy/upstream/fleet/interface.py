@@ -29,6 +29,10 @@ class Upstream(Protocol):
         """Whether requests may go out: a circuit breaker is closed."""
 
     @property
+    def circuit_breaker(self) -> str:
+        """State of the circuit breaker: `closed`, `open` or `half-open`; of several, the best."""
+
+    @property
     def branches_in_flight(self) -> int:
         """Number of branches that are being generated."""
 

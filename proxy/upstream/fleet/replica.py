@@ -13,7 +13,7 @@ from typing import Any, Final
 from proxy.errors import UpstreamError
 from proxy.types import ReplicaStatus
 from proxy.upstream.client import UpstreamClient
-from proxy.upstream.transport import CHECK_S
+from proxy.upstream.health_check import log_change
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,6 @@ class Replica:
         self._models = models  # models that requests are sent here for; None: all that it lists
         self._listed: list[str] = []  # ids of the models that the replica listed the last time
         self._missing: frozenset[str] = frozenset()  # of `_models`, what it did not list the last time
-        self._may_close_early = True  # whether the breaker may be checked before its time has passed
         self._checked_at = float("-inf")  # when the latest check ended
         self._checking: asyncio.Task[bool] | None = None
 
@@ -65,7 +64,7 @@ class Replica:
     @property
     def state(self) -> ReplicaStatus:
         """State for operators."""
-        return ReplicaStatus(self.name, self.is_up is True, self.client.breaker.state.value, self.branches)
+        return ReplicaStatus(self.name, self.is_up is True, self.client.circuit_breaker, self.branches)
 
     def serves(self, model: str) -> bool:
         """Return whether requests for a model may go here. An empty name stands for any model."""
@@ -122,32 +121,13 @@ class Replica:
         await self.client.close()
 
     async def _check(self) -> bool:
-        if self.client.breaker.is_closed:
-            self._may_close_early = True
-        else:
-            await self._check_breaker()
         was_up, is_up = self.is_up, await self.client.is_healthy()
         try:
             self.is_up = is_up and bool(await self.read_cards())
             self._report_missing()
         except UpstreamError:
             self.is_up = False
-        if was_up is not False and not self.is_up:
-            logger.warning("upstream %s is down; it gets no new requests until a health check passes", self.name)
-        elif was_up is False and self.is_up:
-            logger.warning("upstream %s is up again", self.name)
+        log_change(self.name, was_up, self.is_up, "it gets no new requests until a health check passes")
         self.checks_passed += self.is_up
         self._checked_at = time.monotonic()
         return self.is_up
-
-    async def _check_breaker(self) -> None:
-        """Let a generation decide whether the breaker closes: when that is due, and once after the replica answers.
-
-        No request goes to a replica that is down, so that nothing else closes its breaker.
-        """
-        has_answered = await self.client.answers()
-        if not has_answered:
-            self._may_close_early = True  # it may be restarting
-        if self.client.breaker.is_due or (has_answered and self._may_close_early):
-            self._may_close_early = False
-            await self.client.check(CHECK_S)

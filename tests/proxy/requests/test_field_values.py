@@ -244,7 +244,7 @@ async def test_requests_that_vllm_fails_on_do_not_open_the_breaker(vllm: str) ->
                     await response.content.read()
                     failures += response.status == 500
         assert failures >= 15
-        await engine.check()
+        await engine._transport.check()
         assert engine.breaker.is_closed
         assert "ejected" not in events
         assert await engine.tokenise_prompt("autotts-tiny", "hi")

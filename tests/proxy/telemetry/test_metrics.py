@@ -72,6 +72,7 @@ EXPORTED = (
     "autotts_signals counter signal known",
     "autotts_upstream_events counter event",
     "autotts_upstream_up gauge",
+    "autotts_upstream_circuit_open gauge",
     "autotts_upstream_requests counter model outcome",
     "autotts_upstream_seconds histogram model",
     "autotts_replica_up gauge replica",

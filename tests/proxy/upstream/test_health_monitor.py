@@ -43,7 +43,7 @@ class CountedCheck:
 
 async def test_a_health_check_is_reused_until_it_is_stale() -> None:
     clock, health_check = Clock(), CountedCheck()
-    health_monitor = HealthMonitor(health_check, Metrics(), clock)
+    health_monitor = HealthMonitor("u", health_check, Metrics(), clock)
     assert [await health_monitor.is_ready() for _ in range(100)] == [True] * 100
     assert health_check.count == 1
     health_check.is_well = False
@@ -54,7 +54,7 @@ async def test_a_health_check_is_reused_until_it_is_stale() -> None:
 
 async def test_concurrent_callers_share_a_health_check() -> None:
     health_check = CountedCheck()
-    health_monitor = HealthMonitor(health_check, Metrics(), Clock())
+    health_monitor = HealthMonitor("u", health_check, Metrics(), Clock())
     health_check.gate.clear()
     asking = [asyncio.create_task(health_monitor.is_ready()) for _ in range(100)]
     await asyncio.sleep(0)

@@ -173,7 +173,7 @@ async def test_one_replica_that_fails_opens_its_own_breaker_only(fleet: FleetUnd
     for _ in range(FAILURES):
         await fleet.route().generate(MODEL, call())
     first = fleet.order[0][1]
-    await first.client.check()
+    await first.client._transport.check()
     assert [member.client.breaker.is_closed for _, member in fleet.order] == [False, True, True]
     assert fleet.client.is_available
     before = seen(fleet)
@@ -192,7 +192,7 @@ async def break_first(fleet: FleetUnderTest) -> tuple[Replica, FakeVLLM]:
     fake.fault = "broken"
     for _ in range(FAILURES):
         await fleet.route().generate(MODEL, call())
-    await first.client.check()
+    await first.client._transport.check()
     await first.begin_check()
     return first, fake
 
