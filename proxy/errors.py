@@ -70,10 +70,16 @@ class ApiError(ProxyError):
 
 
 class BadRequest(ApiError):
-    """The request is invalid; `param` names the field."""
+    """The request is invalid; `param` names the field or header, whose value is wrong unless `code` says otherwise."""
 
     status = HTTPStatus.BAD_REQUEST
     type = "invalid_request_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        if code is None:
+            super().__init__(message, param=param, code="invalid_request" if param is None else "invalid_value")
+        else:
+            super().__init__(message, param=param, code=code)
 
 
 class Unauthorised(ApiError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from difflib import get_close_matches
 from http import HTTPStatus
 
 from starlette.exceptions import HTTPException
@@ -17,6 +18,8 @@ from proxy.passthrough.forward import UNSERVED_PATHS
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that disconnected. It appears in the access log only."""
+NEAR = 0.9
+"""Similarity of an unknown path to a served one, from 0 to 1, from which that one is suggested."""
 
 
 class ErrorResponses:
@@ -56,8 +59,13 @@ class ErrorResponses:
             message = f"{message}; did you mean {suggestion}? A client's base URL ends in /v1"
         elif is_missing:
             message = f"{message}; /docs lists the paths that are served"
-        shown = NotFound(message, code="not_found") if is_missing else BadRequest(message)
         headers = {**(error.headers or {}), "x-request-id": current_request_id()}
+        if is_missing:
+            return JSONResponse(errors.body(NotFound(message, code="not_found")), error.status_code, headers)
+        shown = BadRequest(message)
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            allowed = " or ".join(sorted(set((error.headers or {}).get("Allow", "").split(", ")) - {"HEAD"}))
+            shown = BadRequest(f"{message}; send {allowed}", code="method_not_allowed")
         return JSONResponse(errors.body(shown), error.status_code, headers)
 
     def _suggested_path(self, path: str) -> str | None:
@@ -72,6 +80,7 @@ class ErrorResponses:
         if with_version.startswith("/v1/models/") and with_version != path:
             return with_version
         candidates = [served for served in self._paths if with_version.endswith(served.removeprefix("/v1"))]
+        candidates = candidates or get_close_matches(with_version, self._paths, 1, NEAR)
         suggestion = max(candidates, key=len, default=path)
         return None if suggestion == path else suggestion
 

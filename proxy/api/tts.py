@@ -81,7 +81,9 @@ class TtsEndpoints:
         model, _ = await self._service.models.find(request.query_params.get("model"))
         first = self._service.betas.calibrations.get(model.id)
         if first is None:
-            raise NotFound(f"there is no calibration for model {model.id!r}", param="model", code="no_calibration")
+            advice = "run `autotts calibrate` and start the proxy with AUTOTTS_CALIBRATION"
+            message = f"there is no calibration for model {model.id!r}; {advice}"
+            raise NotFound(message, param="model", code="no_calibration")
         name = request.query_params.get("controller")
         calibration = first if name is None else first.of_name(name)
         if calibration is None:

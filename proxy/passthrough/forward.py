@@ -90,7 +90,7 @@ async def forward(
         async with exchange:
             content = await read_short_body(upstream, engine.read_timeout_s)
         if is_error:
-            content = as_openai_error(upstream.status, content)
+            content = _as_openai_error(upstream.status, content, scope["path"])
         return BufferedResponse(content, upstream.status, {"cache-control": "no-cache", **kept, **headers})
 
     async def source(sink: BodySink) -> None:
@@ -124,7 +124,7 @@ class _Entered(AbstractAsyncContextManager[None]):
         return await self._context.__aexit__(*error)
 
 
-def as_openai_error(status: int, content: bytes) -> bytes:
+def _as_openai_error(status: int, content: bytes, path: str) -> bytes:
     """Convert an error body from FastAPI's format (`{"detail": …}`) to OpenAI's. Return other bodies unchanged."""
     try:
         error = json.loads(content)
@@ -135,4 +135,6 @@ def as_openai_error(status: int, content: bytes) -> bytes:
     kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "upstream_error"
     code = "not_found" if status == HTTPStatus.NOT_FOUND else "upstream_refused"
     message = f"the upstream says: {errors.detail(error['detail'])}"
+    if status == HTTPStatus.NOT_FOUND:
+        message = f"the upstream, or the model that it serves, has no {path}: {errors.detail(error['detail'])}"
     return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()

@@ -21,6 +21,9 @@ _HEADER_NAME: Final = HEADER.encode()
 HEADER_PREFIX: Final = b"x-tts-"
 """Prefix of the proxy's headers. Of these, requests may only send HEADER."""
 
+_MISSPELT: Final = frozenset({b"ttsbeta", b"xttsbeta", b"xbeta", b"autottsbeta", b"xautottsbeta"})
+"""Names of headers, without - and _, that mean HEADER."""
+
 NO_EFFORT: Final = "none"
 """The `reasoning_effort` that asks for an answer without reasoning. If it sets β, a single branch answers."""
 
@@ -44,10 +47,14 @@ def _parse(text: str, param: str, name: str | None = None) -> float:
 def check_headers(headers: Iterable[tuple[bytes, bytes]]) -> None:
     """Raise BadRequest for a header of a request that would be ignored, such as a misspelt one."""
     for name, _ in headers:
-        if name.startswith(HEADER_PREFIX) and name != _HEADER_NAME:
+        if name != _HEADER_NAME and (name.startswith(HEADER_PREFIX) or (b"beta" in name and _is_misspelt(name))):
             shown = clipped(name.decode("latin-1"), 80)
             message = f"{shown}: there is no such header; send {HEADER}, or other options in the body's object tts"
-            raise BadRequest(message, param=shown)
+            raise BadRequest(message, param=shown, code="unknown_header")
+
+
+def _is_misspelt(name: bytes) -> bool:
+    return name.translate(None, b"-_") in _MISSPELT
 
 
 def split_alias(model: str) -> tuple[str, float | None]:

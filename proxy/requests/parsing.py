@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, TypeVar
@@ -24,6 +25,8 @@ _TTS_OBJECTS: Final[Mapping[str, type[BaseModel]]] = MappingProxyType({"tools": 
 """Objects within `tts`."""
 _MISPLACED: Final = ("beta", "target_tokens", "max_total_tokens", "deadline_s", "min_agreement")
 """Options of `tts` that are refused beside it. No API has fields of these names, and unknown fields are dropped."""
+_PREFIXED: Final = re.compile(r"(?:x[-_])?tts[-_.](?=.)", re.IGNORECASE)
+"""Beginning of fields such as `tts_beta` and `x-tts-beta`, which mean options of `tts`."""
 
 _OF_CLIENTS: Final = ("extra_body", "extra_headers")
 """Arguments of OpenAI's SDK that requests without the SDK contain by mistake."""
@@ -33,19 +36,29 @@ def parse_request(model: type[M], raw: bytes) -> M:
     """Return the request in a JSON body. Raises BadRequest."""
     body = strict_json.read_object(raw)
     request = _validate(model, body)
-    for name in _MISPLACED:
-        if name in body:
-            example = clipped(compact_json({name: body[name]}), _MAX_SHOWN)
-            message = f'{name}: there is no such field; send it in the object tts, as in "tts": {example}'
-            raise BadRequest(message, param=name)
+    for name in body:
+        option = _misplaced_option(name)
+        if option is not None:
+            example = clipped(compact_json({option: body[name]}), _MAX_SHOWN)
+            shown = clipped(name, _MAX_SHOWN)
+            message = f'{shown}: there is no such field; send it in the object tts, as in "tts": {example}'
+            raise BadRequest(message, param=shown, code="unknown_field")
     for name in _OF_CLIENTS:
         if name in body:
             message = (
                 f"{name}: this is an argument of the OpenAI SDK, no field; send what is in it with the request itself"
             )
-            raise BadRequest(message, param=name)
+            raise BadRequest(message, param=name, code="unknown_field")
     field_values.check(body)
     return request
+
+
+def _misplaced_option(name: str) -> str | None:
+    """Return the option of `tts` that the name of a field beside it means, or None."""
+    if name in _MISPLACED:
+        return name
+    match = _PREFIXED.match(name)
+    return None if match is None else name[match.end() :]
 
 
 def parse_feedback_request(raw: bytes) -> FeedbackRequest:
@@ -62,10 +75,13 @@ def _validate(model: type[M], body: dict[str, Any]) -> M:
         problem = first["msg"].removeprefix("Value error, ")
         if first["loc"][:1] == ("tts",) and problem.startswith("Input should be"):
             path, problem = _option_problem(path, problem, first["input"])
+        message, param = f"{path}: {problem}" if path else problem, path or None
         if first["type"] == "extra_forbidden":
-            problem = _unknown_field_message(model, first["loc"])
-        code = "bad_beta" if path == "tts.beta" else None
-        raise BadRequest(f"{path}: {problem}" if path else problem, param=path or None, code=code) from None
+            message = f"{path}: {_unknown_field_message(model, first['loc'])}"
+            raise BadRequest(message, param=param, code="unknown_field") from None
+        if path == "tts.beta":
+            raise BadRequest(message, param=param, code="bad_beta") from None
+        raise BadRequest(message, param=param) from None
 
 
 def _option_problem(path: str, problem: str, value: object) -> tuple[str, str]:

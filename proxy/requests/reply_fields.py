@@ -21,6 +21,8 @@ _OWN: Final = frozenset(
     }
 )
 """Fields that the proxy sets itself, or that are for the proxy."""
+_UNREAD_FORMATS: Final = ("text", "structural_tag")
+"""Formats of a reply that need not be JSON."""
 _META_SCHEMAS: Final = (
     jsonschema_rs.Draft202012Validator({"$ref": "https://json-schema.org/draft/2020-12/schema"}),
     jsonschema_rs.Draft7Validator({"$ref": "http://json-schema.org/draft-07/schema#"}),
@@ -101,6 +103,10 @@ def _read_format(body: Mapping[str, Any], names: FieldNames) -> tuple[bool, Any]
             raise _wrong(f"{names.format}.schema", "is missing; give the JSON schema of the reply")
         _check_schema(f"{names.format}.schema", schema)
         return True, schema
+    kind = wanted.get("type") if isinstance(wanted, dict) else None
+    if isinstance(kind, str) and kind not in _UNREAD_FORMATS:
+        field = f"{names.format.removesuffix('.json_schema')}.type"
+        raise _wrong(field, f"is {clipped(kind, 80)!r}; use json_schema, json_object or text")
     outputs = body.get("structured_outputs")
     if isinstance(outputs, dict) and (outputs.get("json") is not None or outputs.get("json_object")):
         schema = outputs.get("json")

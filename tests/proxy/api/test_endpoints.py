@@ -289,7 +289,7 @@ async def test_every_endpoint_refuses_bad_requests_as_chat_does(proxy: Proxy, pa
 
     assert await refused({"tts": {"beta": 2}}) == (400, "bad_beta", "tts.beta")
     assert await refused({}, **{"x-tts-beta": "much"}) == (400, "bad_beta", "x-tts-beta")
-    assert await refused({"tts": {"speed": 1}}) == (400, None, "tts.speed")
+    assert await refused({"tts": {"speed": 1}}) == (400, "unknown_field", "tts.speed")
     assert await refused({"model": "other"}) == (404, "model_not_found", "model")
     assert await refused({"tts": {"beta": 1, "max_total_tokens": 5}}) == (400, "cap_too_small", "tts.max_total_tokens")
     assert await refused({"tts": {"beta": 1, "controller": "x"}}) == (400, "unknown_controller", "tts.controller")

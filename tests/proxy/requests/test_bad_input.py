@@ -402,6 +402,8 @@ async def test_a_model_tag_that_is_not_a_number_is_explained(proxy: Proxy) -> No
         ("GET", "/models", "/v1/models"),
         ("GET", f"/models/{MODEL}", f"/v1/models/{MODEL}"),
         ("GET", "/v1/v1/models", "/v1/models"),
+        ("POST", "/v1/chat/completion", "/v1/chat/completions"),
+        ("POST", "/v1/embedding", "/v1/embeddings"),
         ("GET", "/v1/nothing", None),
         ("GET", "/nothing", None),
         ("GET", "/", None),
@@ -415,6 +417,57 @@ async def test_a_wrong_base_url_gets_a_suggestion(proxy: Proxy, method: str, pat
     message = reply["error"]["message"]
     assert ("did you mean" in message) == (meant is not None)
     assert meant is None or f"did you mean {meant}? A client's base URL ends in /v1" in message
+
+
+async def test_a_wrong_method_gets_the_right_one(proxy: Proxy) -> None:
+    async with proxy.http.get(f"{proxy.url}/v1/chat/completions") as response:
+        reply = await response.json()
+    check_error(reply, 405, response.status, code="method_not_allowed")
+    assert reply["error"]["message"].endswith("; send POST")
+
+
+@pytest.mark.parametrize(
+    "name", ["tts-beta", "x-beta", "xtts-beta", "x-ttsbeta", "X_TTS_Beta", "x-autotts-beta", "x-tts-betta"]
+)
+async def test_a_header_that_means_beta_is_refused_under_another_name(proxy: Proxy, name: str) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}]}
+    async with proxy.http.post(f"{proxy.url}/v1/chat/completions", json=body, headers={name: "0.5"}) as response:
+        reply = await response.json()
+    check_error(reply, 400, response.status, param=name.lower(), code="unknown_header")
+    assert "send x-tts-beta" in reply["error"]["message"]
+
+
+async def test_headers_of_other_apis_that_name_a_beta_are_no_mistake(proxy: Proxy) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "tts": {"beta": 0, "answer": "boxed"}}
+    headers = {"openai-beta": "assistants=v2", "anthropic-beta": "tools"}
+    async with proxy.http.post(f"{proxy.url}/v1/chat/completions", json=body, headers=headers) as response:
+        assert response.status == 200
+
+
+@pytest.mark.parametrize(
+    ("field", "option"),
+    [("tts_beta", "beta"), ("tts.beta", "beta"), ("x-tts-beta", "beta"), ("tts_max_total_tokens", "max_total_tokens")],
+)
+async def test_an_option_beside_tts_is_refused_under_a_prefixed_name(proxy: Proxy, field: str, option: str) -> None:
+    fields: dict[str, Any] = {field: 0.5}
+    status, _, reply = await proxy.ask(None, **fields)
+    check_error(reply, 400, status, param=field, code="unknown_field")
+    assert f'as in "tts": {{"{option}":0.5}}' in reply["error"]["message"]
+
+
+async def test_every_error_of_a_client_has_a_code(proxy: Proxy) -> None:
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"tts": {"betta": 1}}, "unknown_field"),
+        ({"deadline_s": 5}, "unknown_field"),
+        ({"extra_body": {}}, "unknown_field"),
+        ({"max_tokens": 0}, "invalid_value"),
+        ({"messages": 5}, "invalid_value"),
+        ({"response_format": {"type": "json"}}, "invalid_value"),
+    )
+    for fields, code in cases:
+        status, _, reply = await proxy.ask("0.5", **fields)
+        check_error(reply, 400, status, code=code)
+    assert reply["error"]["message"] == "response_format.type is 'json'; use json_schema, json_object or text"
 
 
 async def test_the_openai_client_reports_a_wrong_base_url(proxy: Proxy) -> None:
