@@ -33,7 +33,7 @@ from discovery.commands.options import (
     check_cluster_options,
     registry_option,
 )
-from discovery.commands.promote import Who, check_models
+from discovery.commands.promote import Who
 from discovery.data.atomic_files import check_writable_path
 from discovery.data.recordings import Split
 from discovery.errors import PromotionError, RecordingsNotFound
@@ -60,6 +60,7 @@ from discovery.promotion.controller_choice import (
     gains_over,
 )
 from discovery.promotion.registry import ChangeCause, Registry
+from discovery.promotion.requirements import check_installed
 
 
 def calibrate_command(
@@ -228,7 +229,7 @@ def install_choices(registry: Registry, calibrations: Calibrations, specs: Seque
                     f"{choice.controller}, chosen for model {model}, is a file that is not installed in "
                     f"{registry.place}; run the gate and `autotts promote FILE --as shadow --model {model}` first"
                 )
-            check_models(registry.card(choice.digest), model)
+            check_installed(registry.card(choice.digest), model)
         if choice.digest in registry.read().quarantined:
             raise PromotionError(f"{choice.controller}, chosen for model {model}, is quarantined because it failed")
     lines = []

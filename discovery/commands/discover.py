@@ -43,6 +43,7 @@ from discovery.evaluation.evaluate import AnswerComparison, each_scorable, read_
 from discovery.evaluation.replay_jobs import ReplayRules
 from discovery.evaluation.search_split import export_search_split
 from discovery.evaluation.sources import open_source, select_cells
+from discovery.promotion.searched_questions import with_searched
 from discovery.search.cascade import Cascade, CascadePlan
 from discovery.search.explorers import Candidate
 from discovery.search.explorers.catalogue import EXPORT, ExplorerName, ExplorerOptions, make_explorer
@@ -205,7 +206,9 @@ def discover(
         finalist = run.choose_finalist(final_shuffles(questions), choosing=orders if compiled else None)
     if store is not None:
         store_search(run, store, settings)
-    _write_finalist(run, finalist, out, settings)
+    about = card(run, finalist, {"cells": settings["cells"], "questions": questions}, settings)
+    about = with_searched(about, (recording.question for of_cell in cells.values() for recording in of_cell))
+    _write_finalist(run, finalist, out, about)
 
 
 def choose_runner(explorer: ExplorerName, tune: bool, kernel: bool | None) -> bool:
@@ -339,17 +342,16 @@ class SearchProgressBar:
         self._progress.update(self._task, description=description, completed=max(0, run.steps - 1))
 
 
-def _write_finalist(run: SearchLoop, finalist: Finalist, out: Path, settings: Mapping[str, Any]) -> None:
+def _write_finalist(run: SearchLoop, finalist: Finalist, out: Path, about: Mapping[str, Any]) -> None:
     """Write the controller and its card, and print a table of the best candidates."""
     file = out / f"{_stem(finalist.candidate)}.py"
-    about = card(run, finalist, {"cells": settings["cells"], "questions": settings["questions"]}, settings)
     with atomic_write(file) as opened:
         opened.write(finalist.candidate.source.encode())
     with atomic_write(file.with_suffix(".json")) as opened:
         opened.write((json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
     console = wide_console()
     console.print(_leaders(run))
-    console.print(f"answer comparison: {settings['answers']}", highlight=False)
+    console.print(f"answer comparison: {about['settings']['answers']}", highlight=False)
     orders = f"{len(finalist.curves[0].points)} β in {finalist.shuffles} new branch orders"
     console.print(f"{file}: AFS {finalist.afs:.2f} at {orders}, sandboxed; the card is beside it", highlight=False)
 

@@ -52,7 +52,9 @@ def gate(
     recordings: RecordingsPlace,
     ledger: LedgerPlace = None,
     champion: Annotated[str, typer.Option(help="champion to beat: a name or FILE.py")] = DEFAULT,
-    split: Annotated[Split, typer.Option(help="split of the questions")] = Split.HELD_OUT,
+    split: Annotated[
+        Split, typer.Option(help="split of the questions; a verdict on another than held-out promotes nothing")
+    ] = Split.HELD_OUT,
     report: Annotated[Path | None, typer.Option(help="file to write the report to (.json)")] = None,
     model: Annotated[
         str, typer.Option(help="the one model it is for: judge on that model's questions only (default: all models)")
@@ -170,10 +172,13 @@ def _show(report: GateReport) -> None:
         )
     if report.sequence is not None:
         console.print(_describe_look(report), highlight=False)
-    elif report.verdict is GateVerdict.UNDECIDED:
+    else:
         detectable = "no gain" if report.mde is None else f"only gains of at least {report.mde:.2f} points"
         console.print(f"{report.questions} questions can reliably detect {detectable}", highlight=False)
-        console.print(_describe_more(report), highlight=False)
+        if report.can_grow:
+            console.print(_describe_more(report), highlight=False)
+    if not report.is_held_out:
+        console.print("this verdict promotes nothing: searches may have seen the questions", style="yellow")
     if report.answers:
         console.print(f"answer comparison: {report.answers}", highlight=False)
     console.print(

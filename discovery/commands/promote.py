@@ -25,11 +25,11 @@ from discovery.data.safe_json import parse_json
 from discovery.errors import PromotionError
 from discovery.promotion.gate import GateJob
 from discovery.promotion.registry import Card, ChangeCause, Registry, built_in_problem
+from discovery.promotion.requirements import check_installed, check_models, check_report, judged_models
+from discovery.promotion.searched_questions import SEARCHED
 from discovery.store import StorePlace, parse_place
 from discovery.store.records import utc_now
 
-PASSED: Final = "promote"
-"""The verdict a report must have for a promotion."""
 LEDGER: Final = "ledger.jsonl"
 """Default name of the gate's ledger, in the registry's folder."""
 CONTROLLER_VARIABLE: Final = "AUTOTTS_CONTROLLER"
@@ -161,7 +161,7 @@ def promote_known(
         raise PromotionError(f"--report is only for files; {what} is already installed")
     digest = registry.find(what)
     if not by.forced:
-        check_models(registry.card(digest), model)
+        check_installed(registry.card(digest), model)
     return digest, registry.promote(digest, stage, share, by, model)
 
 
@@ -229,37 +229,10 @@ def install(
                 f"{spec.name} is installed already; promote it by its digest, {spec.digest[:12]}, or give --report FILE"
             )
         check_report(spec, report)
-        check_models({**card, "name": spec.name, "models": _judged_models(report)}, model)
-    if models := _judged_models(report):
+        check_models({**card, "name": spec.name, "models": judged_models(report)}, model)
+    if models := judged_models(report):
         card = {**card, "models": models}
     return registry.install(spec, card, stage, share, by, model)
-
-
-def check_report(spec: Spec, report: Any) -> None:
-    """Raise PromotionError unless `report` is about this controller and its verdict is to promote it."""
-    if report is None:
-        raise PromotionError(f"{spec.name}: needs a passed gate; give --report FILE, or use --force")
-    if report.get("digest") != spec.digest:
-        raise PromotionError(
-            f"{spec.name}: the report is about {str(report.get('digest'))[:12]}, not {spec.digest[:12]}"
-        )
-    if report.get("verdict") != PASSED:
-        raise PromotionError(f"{spec.name}: the gate's verdict is {report.get('verdict')!r}, not {PASSED!r}")
-
-
-def check_models(card: Card, model: str | None) -> None:
-    """Raise PromotionError if the controller passed the gate on other models only."""
-    judged = card.get("models")
-    if judged and model not in judged:
-        raise PromotionError(
-            f"{card['name']} passed the gate on model {' and '.join(judged)} only, not on "
-            f"{'all models' if model is None else model}; give --model, or run the gate there, or use --force"
-        )
-
-
-def _judged_models(report: Any) -> list[str]:
-    """Return the one model that a report is about; empty if it is about all models."""
-    return [report["model"]] if isinstance(report, Mapping) and report.get("model") else []
 
 
 def card_of(spec: Spec, report: Path | None, forced: bool = False) -> Card:
@@ -274,9 +247,17 @@ def card_of(spec: Spec, report: Path | None, forced: bool = False) -> Card:
 
 
 def discovery_card(file: Path) -> dict[str, Any]:
-    """Return the card that `autotts discover` wrote beside a controller's file; empty if there is none."""
+    """Return the card that `autotts discover` wrote beside a controller's file; empty if there is none.
+
+    The ids of the questions that the search has seen are left out: only the gate needs them.
+    """
     card_file = file.with_suffix(".json")
-    return {"discovery": _json(card_file)} if card_file.is_file() else {}
+    if not card_file.is_file():
+        return {}
+    content = _json(card_file)
+    if isinstance(content, dict) and isinstance(content.get("data"), dict):
+        content["data"].pop(SEARCHED, None)
+    return {"discovery": content}
 
 
 def _json(path: Path) -> Any:

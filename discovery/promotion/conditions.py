@@ -6,14 +6,14 @@ No I/O, no randomness.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from discovery.data.recordings import Cell
+from discovery.data.recordings import Cell, Split
 from discovery.evaluation.afs import Curve, mean_paths
 from discovery.evaluation.paired_statistics import POWER, bootstrap_bounds, question_values
 from discovery.evaluation.score_set import ControllerScores, ScoreSet
@@ -39,6 +39,8 @@ class GateTerms:
 
 
 DEFAULT_TERMS: Final = GateTerms()
+HELD_OUT: Final = "held-out"
+"""Name of the condition that no search has seen the questions."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,21 @@ def accuracy_gains(measured: ScoreSet, beta: float) -> dict[Cell, NDArray[np.flo
 def pool_questions(values: ValuesByCell, measured: ScoreSet) -> NDArray[np.float64]:
     """Return one value per question, over all cells."""
     return question_values(values, {cell: measured.baselines[cell].questions for cell in values})
+
+
+def check_held_out(cells: Iterable[Cell], searched: int | None) -> Condition:
+    """Check that no search has seen the questions. Never final, because held-out questions can still decide.
+
+    `searched` counts those that the search for the finalist played; None: unknown.
+    """
+    open_splits = sorted({cell.split for cell in cells} - {Split.HELD_OUT})
+    if open_splits:
+        text = f"questions of the {' and '.join(open_splits)} split, which searches may see; judge on held-out ones"
+    elif searched:
+        text = f"the search that found it has seen {searched} of the questions; judge on others"
+    else:
+        text = "held-out questions" + ("" if searched is None else ", none of which the search has seen")
+    return Condition(HELD_OUT, not open_splits and not searched, False, searched, 0, text)
 
 
 def check_source(advice: Sequence[str]) -> Condition:

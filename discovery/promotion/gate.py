@@ -30,6 +30,7 @@ from discovery.promotion.comparison import Comparison
 from discovery.promotion.conditions import GateTerms
 from discovery.promotion.ledger import Ledger, check_ledger, fingerprint
 from discovery.promotion.power_plan import PowerPlan, make_plan
+from discovery.promotion.searched_questions import searched_questions
 from discovery.promotion.sequential_gate import run_sequential_gate
 from discovery.promotion.verdict import GateReport, JudgementContext, judge, report_of
 from discovery.store import StorePlace, parse_place
@@ -49,13 +50,15 @@ def run_gate(source: RecordingSource, cells: Sequence[Cell], comparison: Compari
     ledger = Ledger(place)
     questions = sorted({one.question for cell in cells for one in source.load(cell)})
     split = fingerprint(questions, (cell.model for cell in cells))
+    unseen = comparison.check_questions(cells, questions)
     if recorded := _recorded(ledger, split, comparison):
-        return recorded
+        return recorded.narrowed(unseen)
     measured = comparison.judged_replay(source, cells, ledger, questions)
-    context = (comparison.advice, split, comparison.now, comparison.who, comparison.model)
+    searched = comparison.count_searched(questions)
+    context = (comparison.advice, split, comparison.now, comparison.who, comparison.model, searched)
     with ledger.locked():
         if recorded := _recorded(ledger, split, comparison):  # another process has judged it meanwhile
-            return recorded
+            return recorded.narrowed(unseen)
         report = judge(measured, comparison.terms, JudgementContext(ledger.next_k(questions), *context))
         comparison.record(ledger, report, questions)
     return report
@@ -135,6 +138,7 @@ class GateJob:
             self._terms,
             self.answers,
             self.model,
+            searched_questions(self.finalist),
         )
 
     @property

@@ -292,8 +292,11 @@ def _known_card(storage: RegistryStorage, digest: str) -> Card | None:
 
 
 def _with_known_models(card: Card, known: Card | None) -> Card:
-    """Return a card that lists the models of the card before as well; without `models` if either is about all."""
-    if not card.get("models") or known is None or known.get("report") is None:
+    """Return a card that lists the models of the card before as well; without `models` if either is about all.
+
+    A card that was forced does not count: its report need not have passed.
+    """
+    if not card.get("models") or known is None or known.get("report") is None or known.get("forced"):
         return card
     if known.get("models"):
         return {**card, "models": sorted({*card["models"], *known["models"]})}

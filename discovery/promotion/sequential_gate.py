@@ -77,7 +77,8 @@ def run_sequential_gate(
         raise GateError(f"gain {terms.gain:g} and bound {terms.bound:g} must both be above 0 points")
     if len({cell.benchmark for cell in cells}) > 1:
         raise GateError("a sequential judgement takes the questions of one benchmark; choose it with --benchmarks")
-    return _Look(comparison, source, cells, Ledger(place)).report()
+    look = _Look(comparison, source, cells, Ledger(place))
+    return look.report().narrowed(look.unseen)
 
 
 class _Look:
@@ -92,6 +93,7 @@ class _Look:
         self._sealed = SelectedSource({cell: scorable_recordings(source, cell) for cell in cells})
         self._branches_by_id = self._count_branches()
         self._id = self._sequence_id()
+        self.unseen = comparison.check_questions(cells, list(self._branches_by_id))
 
     def report(self) -> GateReport:
         """Return the report of this look, or of the latest one if there is nothing new."""
@@ -213,6 +215,7 @@ class _Look:
         evidence = bet(gains, terms.bound)
         accuracy_evidence = bet(accuracy + terms.margin, POINTS)
         conditions = [
+            self.unseen,
             check_source(about.advice),
             check_failures(measured.sides[0]),
             _check_better(gains, interval),
@@ -233,7 +236,7 @@ class _Look:
             questions=gains.size,
             sequence=replace(state, e_value=evidence.e_value, accuracy_e_value=accuracy_evidence.e_value),
         )
-        if report.verdict is not GateVerdict.UNDECIDED:
+        if not report.can_grow:
             return report
         return replace(report, more=_questions_missing(gains, accuracy, terms, report.alpha))
 

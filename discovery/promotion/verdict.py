@@ -30,6 +30,7 @@ from discovery.evaluation.paired_statistics import (
 from discovery.evaluation.score_set import ControllerScores, ScoreSet, cheapest_at_accuracy
 from discovery.evaluation.scores import BOTH_SIDES
 from discovery.promotion.conditions import (
+    HELD_OUT,
     Condition,
     GateTerms,
     accuracy_gains,
@@ -37,6 +38,7 @@ from discovery.promotion.conditions import (
     check_accuracy,
     check_cells,
     check_failures,
+    check_held_out,
     check_path,
     check_source,
     check_without_each_model,
@@ -136,6 +138,23 @@ class GateReport:
         """Return the report with these conditions and the verdict that follows from them."""
         return replace(self, conditions=conditions, verdict=_verdict(conditions))
 
+    def narrowed(self, condition: Condition) -> GateReport:
+        """Return the report with a condition that is not met in place of the one of that name; else the report."""
+        if condition.held:
+            return self
+        others = [one for one in self.conditions if one.name != condition.name]
+        return replace(self.with_conditions([condition, *others]), more=None)
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether more questions like these could decide."""
+        return self.verdict is GateVerdict.UNDECIDED and self.is_held_out
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether no search has seen its questions, as far as known."""
+        return all(one.held for one in self.conditions if one.name == HELD_OUT)
+
     @property
     def failed(self) -> list[Condition]:
         """The conditions that are not met."""
@@ -176,6 +195,7 @@ class JudgementContext(NamedTuple):
     created: str
     who: str
     model: str = ""  # the one model that it is judged for; empty: all models
+    searched: int | None = None  # questions that the search for the finalist has seen; None if unknown
 
 
 def judge(measured: ScoreSet, terms: GateTerms, about: JudgementContext) -> GateReport:
@@ -204,17 +224,18 @@ def judge(measured: ScoreSet, terms: GateTerms, about: JudgementContext) -> Gate
         p=p,
         interval=(low, high) if math.isfinite(low) else None,
         mde=detectable_difference(gains, level),
-        more=_more_questions(gains, accuracy, terms, about.k) if report.verdict is GateVerdict.UNDECIDED else None,
+        more=_more_questions(gains, accuracy, terms, about.k) if report.can_grow else None,
     )
 
 
 def first_conditions(
     measured: ScoreSet, gains: NDArray[np.float64], interval: str, about: JudgementContext
 ) -> list[Condition]:
-    """Return the conditions on the source, the failures, and the sign of the gain."""
+    """Return the conditions on the questions, the source, the failures, and the sign of the gain."""
     delta = float(gains.mean())
     better = Condition("better", delta > 0, True, delta, 0.0, f"ΔAFS {delta:+.2f} points, {interval}")
-    return [check_source(about.advice), check_failures(measured.sides[0]), better]
+    unseen = check_held_out(measured.baselines, about.searched)
+    return [unseen, check_source(about.advice), check_failures(measured.sides[0]), better]
 
 
 def make_report(

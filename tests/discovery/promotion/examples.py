@@ -12,6 +12,8 @@ NOON: Final = datetime(2026, 11, 24, 12, tzinfo=UTC)
 ME: Final = ChangeCause("me", "a test", NOON)
 FORCED: Final = ChangeCause("me", "a test", NOON, forced=True)
 CARD: Final = {"headline": "fine"}
+HELD_OUT_CELLS: Final = [{"model": "m", "benchmark": "b", "split": "held-out"}]
+"""Cells of a report of the gate."""
 
 
 def spec(number: int) -> Spec:
@@ -27,7 +29,7 @@ from controllers.rollout_state import RolloutStage
 from discovery.errors import PromotionError
 from discovery.promotion.registry import Registry
 from discovery.store import parse_place
-from tests.discovery.promotion.examples import CARD, ME, spec
+from tests.discovery.promotion.examples import CARD, HELD_OUT_CELLS, ME, spec
 registry, writer = Registry(parse_place(sys.argv[1])), int(sys.argv[2])
 print(0, flush=True)
 sys.stdin.read()

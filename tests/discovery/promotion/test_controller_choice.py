@@ -25,7 +25,7 @@ from discovery.promotion.registry import ChangeCause, Registry
 from proxy.cli import app
 from tests.discovery.evaluation.test_evaluate import Given
 from tests.discovery.promotion.choice_simulation import Scenario, rows, simulate
-from tests.discovery.promotion.examples import NOON
+from tests.discovery.promotion.examples import HELD_OUT_CELLS, NOON
 from tests.discovery.promotion.outside import folder_of
 from tests.discovery.promotion.test_gate import FIRST, LONGER, SHORTER, question
 
@@ -273,10 +273,14 @@ def test_a_chosen_file_must_be_installed_first(
     assert "first, chosen for model m, is a file that is not installed" in output
     assert not folder_of(registry).folder.exists()
     me = ChangeCause("me", "", NOON)
-    card: dict[str, Any] = {"headline": "", "report": {"verdict": "promote"}}
+    card: dict[str, Any] = {"headline": "", "report": {"verdict": "promote", "cells": HELD_OUT_CELLS}}
     registry.install(Spec("first", FIRST), {**card, "models": ["n"]}, RolloutStage.SHADOW, 0, me, "n")
     status, output = run(recordings, "self_consistency,first", "--registry", registry.place)
     assert (status, "first passed the gate on model n only, not on m" in output) == (2, True)
+    searched = {"headline": "", "report": {"verdict": "promote", "cells": [{"split": "search"}]}}
+    registry.install(Spec("first", FIRST), searched, RolloutStage.SHADOW, 0, me)
+    status, output = run(recordings, "self_consistency,first", "--registry", registry.place)
+    assert (status, "report is about questions of the search split" in output) == (2, True)
     registry.install(Spec("first", FIRST), card, RolloutStage.SHADOW, 0, me)
     status, output = run(recordings, "self_consistency,first", "--registry", registry.place)
     assert status == 0, output

@@ -255,7 +255,7 @@ def test_a_gate_report_contains_its_effect_p_conditions_and_headlines() -> None:
     assert report.interval[0] < report.delta_afs < report.interval[1]
     assert (report.p, report.alpha, report.k) == (2**-12, sequential_alpha(1, 0.05), 1)
     assert [one.name for one in report.conditions] == [
-        *("static", "failures", "better", "significant", "accuracy", "cells", "path", "models")
+        *("held-out", "static", "failures", "better", "significant", "accuracy", "cells", "path", "models")
     ]
     assert report.cells[0].finalist[1] == pytest.approx({"beta": 0.5, "tokens": 4000, "accuracy": 55, "path": 1000})
     assert report.headlines.accuracy == pytest.approx(7.5)
@@ -410,7 +410,7 @@ def test_a_better_finalist_is_promoted(tmp_path: Path) -> None:
 @pytest.mark.process
 def test_a_finalist_better_only_on_the_search_split_is_rejected(tmp_path: Path) -> None:
     finalist = Spec("first", FIRST)
-    assert run(OVERFITTED, finalist, tmp_path / "search", Split.SEARCH).verdict is GateVerdict.PROMOTE
+    assert failed(run(OVERFITTED, finalist, tmp_path / "search", Split.SEARCH)) == ["held-out"]
     report = run(OVERFITTED, finalist, tmp_path / "ledger")
     assert report.verdict is GateVerdict.REJECT
     assert {"better", "significant", "accuracy", "cells"} <= set(failed(report))

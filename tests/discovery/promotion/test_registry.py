@@ -11,12 +11,13 @@ import pytest
 
 from controllers.loading import Spec
 from controllers.rollout_state import RolloutStage, RolloutState
-from discovery.commands.promote import card_of, check_models, install
+from discovery.commands.promote import card_of, install
 from discovery.errors import PromotionError, RegistryAway
 from discovery.promotion.registry import ChangeCause, Registry
+from discovery.promotion.requirements import check_models
 from discovery.store import DatabaseUrl
 from tests.discovery.promotion.concurrent_programs import run_together
-from tests.discovery.promotion.examples import BEGIN, CARD, FORCED, ME, NOON, WRITER, spec
+from tests.discovery.promotion.examples import BEGIN, CARD, FORCED, HELD_OUT_CELLS, ME, NOON, WRITER, spec
 from tests.discovery.promotion.outside import write_audit, write_card, write_source, write_state
 
 # Changes
@@ -384,7 +385,9 @@ def test_without_a_passed_gate_only_a_forced_installation_succeeds(
 
 def test_a_passed_gate_report_is_stored_on_the_card(registry: Registry, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
-    path.write_text(json.dumps({"digest": spec(1).digest, "verdict": "promote", "headline": "better by 2"}))
+    path.write_text(
+        json.dumps({"digest": spec(1).digest, "verdict": "promote", "headline": "better by 2", "cells": HELD_OUT_CELLS})
+    )
     install(registry, spec(1), card_of(spec(1), path), RolloutStage.CANARY, 0.1, ME)
     card = registry.card(spec(1).digest)
     assert (card["headline"], card["report"]["verdict"], card["forced"]) == ("better by 2", "promote", False)
@@ -393,7 +396,13 @@ def test_a_passed_gate_report_is_stored_on_the_card(registry: Registry, tmp_path
 def passed(folder: Path, model: str = "") -> Path:
     """Write a report of the gate, on all models or on one, and return its path."""
     path = folder / "report.json"
-    report = {"digest": spec(1).digest, "verdict": "promote", "headline": "better", "model": model}
+    report = {
+        "digest": spec(1).digest,
+        "verdict": "promote",
+        "headline": "better",
+        "model": model,
+        "cells": HELD_OUT_CELLS,
+    }
     path.write_text(json.dumps(report))
     return path
 
@@ -444,7 +453,7 @@ def test_an_invalid_gate_report_is_refused(tmp_path: Path, text: str) -> None:
 def test_reports_on_several_models_that_are_promoted_at_once_all_count(registry: Registry) -> None:
     promoting = """
 from discovery.commands.promote import install
-report = {"digest": spec(1).digest, "verdict": "promote", "model": f"model-{writer}"}
+report = {"digest": spec(1).digest, "verdict": "promote", "model": f"model-{writer}", "cells": HELD_OUT_CELLS}
 card = {"headline": "better", "report": report}
 print(install(registry, spec(1), card, RolloutStage.CHAMPION, 0, ME, f"model-{writer}").version)
 """

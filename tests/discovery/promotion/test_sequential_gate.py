@@ -37,12 +37,14 @@ def recorded(count: int, split: Split = Split.HELD_OUT, start: int = 0, better: 
     return [question(start + number, "m", split, shorter, longer) for number in range(count)]
 
 
-def look(recordings: Sequence[RecordedQuestion], ledger: Path, **changes: Any) -> GateReport:
+def look(
+    recordings: Sequence[RecordedQuestion], ledger: Path, split: Split = Split.HELD_OUT, **changes: Any
+) -> GateReport:
     source = Given(*recordings)
     about: dict[str, Any] = {"terms": GateTerms(bound=100), "shuffles": 1, "finalist": SHORTEST} | changes
     return run_sequential_gate(
         source,
-        [cell for cell in source.cells() if cell.split is Split.HELD_OUT],
+        [cell for cell in source.cells() if cell.split is split],
         Comparison(
             champion=VOTES,
             engine=make_engine(EngineName.LOCAL),

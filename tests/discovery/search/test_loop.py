@@ -34,6 +34,7 @@ from discovery.errors import BudgetExhausted, ExplorerError, HistoryError
 from discovery.evaluation.afs import Curve
 from discovery.evaluation.evaluate import AnswerComparison
 from discovery.evaluation.replay_jobs import ReplayRules
+from discovery.promotion.searched_questions import SearchedQuestions
 from discovery.search.cascade import CandidateVerdict, Cascade, CascadePlan
 from discovery.search.explorers import Candidate, Cost, Explorer, ExplorerContext
 from discovery.search.explorers.catalogue import TRANSCRIPT
@@ -697,7 +698,12 @@ def test_the_discover_command_writes_record_controller_and_card(finished_run: tu
     assert about["digest"] == written(file.read_text()).digest == record.bodies("chosen")[0]["digest"]
     assert (about["explorer"], about["run"]) == ("grammar", record.head)
     assert about["lineage"][-1] == about["digest"]
+    searched = SearchedQuestions(about["run"], frozenset(about["data"].pop("searched")))
+    assert (
+        searched.count(one.question for one in [*PLANTED, planted(asked_of(99, "b", 0))]) == len(searched.hashes) == 7
+    )
     assert about["data"] == {"cells": about["settings"]["cells"], "questions": 7}
+    assert not [one for one in PLANTED if one.question[:12] in file.with_suffix(".json").read_text()]
     assert about["settings"] == record.events[0].body
     assert about["settings"]["answers"] == "exact"
     assert [[point["beta"] for point in cell["points"]] for cell in about["search"]["cells"]] == [list(FINAL_BETAS)] * 2

@@ -28,6 +28,7 @@ from proxy.cli import app
 from proxy.rollout import failure_counter
 from proxy.server import running
 from proxy.settings import load
+from tests.discovery.promotion.examples import HELD_OUT_CELLS
 from tests.discovery.promotion.outside import folder_of, write_source
 from tests.fakes import FakeVLLM, chain
 from tests.postgres_server import PostgresServer
@@ -478,7 +479,8 @@ def test_commands_promote_a_file_to_champion_list_it_and_roll_it_back(tmp_path: 
     digest = Spec("mine", HONEST).digest
     status, _, stderr = autotts("promote", str(file), "--registry", folder, "--as", "shadow")
     assert (status, stderr) == (2, "autotts: mine: needs a passed gate; give --report FILE, or use --force")
-    report.write_text(json.dumps({"digest": digest, "verdict": "promote", "headline": "2 points better"}))
+    passed = {"digest": digest, "verdict": "promote", "headline": "2 points better", "cells": HELD_OUT_CELLS}
+    report.write_text(json.dumps(passed))
     status, stdout, stderr = autotts(
         "promote", str(file), "--registry", folder, "--as", "shadow", "--report", str(report), "--who", "ada"
     )

@@ -1,0 +1,51 @@
+"""Questions that the search for a controller has seen, as the card beside its file lists them.
+
+The card has salted hashes, because cards are published and recordings may be private.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from discovery.data.safe_json import parse_json
+from discovery.evaluation.search_split import salted_id
+from discovery.promotion.ledger import ID_DIGITS, shorten_ids
+
+SEARCHED: Final = "searched"
+"""Entry of a card's `data` that lists the hashes. Their salt is the card's `run`."""
+
+
+class SearchedQuestions(NamedTuple):
+    """Questions that a search has seen."""
+
+    salt: str
+    hashes: frozenset[str]
+
+    def count(self, questions: Iterable[str]) -> int:
+        """Return how many of these questions the search has seen. Their ids may be shortened."""
+        return len(self.hashes.intersection(_hashes(questions, self.salt)))
+
+
+def with_searched(card: dict[str, Any], questions: Iterable[str]) -> dict[str, Any]:
+    """Return the card with the questions that its search has seen."""
+    return {**card, "data": {**card["data"], SEARCHED: _hashes(questions, card["run"])}}
+
+
+def searched_questions(controller: str) -> SearchedQuestions | None:
+    """Return the questions that the search for FILE.py has seen; None if they are unknown.
+
+    The card beside the file counts for edited files too: they come from the same search.
+    """
+    if not controller.endswith(".py"):
+        return None
+    try:
+        card = parse_json(Path(controller).with_suffix(".json").read_bytes())
+        return SearchedQuestions(str(card["run"]), frozenset(map(str, card["data"][SEARCHED])))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # no card of a search, or one of an earlier version
+
+
+def _hashes(questions: Iterable[str], salt: str) -> list[str]:
+    return sorted(salted_id(question, salt)[:ID_DIGITS] for question in shorten_ids(questions))
