@@ -65,6 +65,9 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 """Exit status for invalid input, and for tasks that the machine cannot do."""
 
+EMBEDDED_MODEL = "autotts-tiny"
+"""Name of the embedded model, which knows one kind of question."""
+
 READERS_OF_PLACES = frozenset(
     {"controllers", "import", "keys", "label", "parity", "promote", "requests", "rollback", "store", "trace"}
 )
@@ -235,8 +238,9 @@ async def _serve(settings: Settings) -> None:
             model = await _example_model(ready)
             url = base_url(settings.host, listening.getsockname()[1])
             has_ui = settings.ui and settings.workers == 1
+            is_embedded = settings.upstream is None or model == EMBEDDED_MODEL
             has_keys = settings.keys is not None or settings.client_keys is not None
-            text = welcome(url, model, is_embedded=settings.upstream is None, has_keys=has_keys, has_ui=has_ui)
+            text = welcome(url, model, is_embedded=is_embedded, has_keys=has_keys, has_ui=has_ui)
             await (server.serve(sockets=[listening]) if supervisor is None else supervisor.run(listening))
 
 

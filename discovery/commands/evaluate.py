@@ -108,6 +108,7 @@ def evaluate(
     check_json_target(json_to)
     source = open_source(recordings)
     cells = select_cells(source.cells(), split_names(models), split_names(benchmarks), split)
+    _warn_of_held_out(cells)
     rules = ReplayRules(max_branches, probe_tokens, traces, _sealing(specs, sandbox, allow_unsandboxed), shown)
     evaluation = Evaluation(source, cells, specs, beta_values, shuffles, answers, rules, weights, version)
     with _progress(evaluation.work) as advance:
@@ -157,6 +158,17 @@ def _sealing(specs: Sequence[Spec], all_sandboxed: bool, none_sandboxed: bool) -
         warning = f"NOT SANDBOXED: {', '.join(foreign)} can read, write and send whatever you can"
         Console(stderr=True).print(warning, style="bold red", markup=False, highlight=False, soft_wrap=True)
     return Sealing.ALL if all_sandboxed else Sealing.NONE if none_sandboxed else Sealing.FOREIGN
+
+
+def _warn_of_held_out(cells: Sequence[Cell]) -> None:
+    """Say on stderr that choices must not be made by held-out questions, if there are any among `cells`."""
+    held_out = sorted({cell.benchmark for cell in cells if cell.split is Split.HELD_OUT})
+    if held_out:
+        warning = (
+            f"held-out questions are included ({', '.join(held_out)}): do not choose a controller or β by these "
+            "figures, or the gate cannot judge it on them; --split search or validation leaves them out"
+        )
+        Console(stderr=True).print(warning, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
+from collections.abc import Callable
+from random import random
 from typing import Final, NamedTuple
 
 MINUTE_S: Final = 60.0
@@ -20,6 +22,8 @@ LOOKED_AT: Final = 4
 """Windows that a call of `forget_idle` looks at. At most one is added between two calls, so it keeps up with them."""
 SHARE: Final = 4
 """Divisor of the minute's tokens that gives the cap of a request without one, so that it cannot take them all."""
+_LEAST_SPREAD_S: Final = 2
+"""Seconds over which even the shortest waits for a retry are spread."""
 _SHARE_SOURCE: Final = "a quarter of"
 
 
@@ -289,6 +293,11 @@ class RateLimit:
         window.settle(1, 1, now)
 
 
-def retry_after(seconds: float) -> str:
-    """Format `seconds` for a `retry-after` header: a whole number from 1 to 60."""
-    return str(min(int(MINUTE_S), max(1, math.ceil(seconds))))
+def retry_after(seconds: float, draw: Callable[[], float] = random) -> str:
+    """Return a `retry-after` header: a whole number from 1 to 60 that is at least `seconds`, if these are not more.
+
+    It is drawn from up to half as long again, at least 2 s, so that the clients of a burst do not return together.
+    """
+    least = min(int(MINUTE_S), max(1, math.ceil(seconds)))
+    longest = min(int(MINUTE_S), least + max(_LEAST_SPREAD_S, least // 2))
+    return str(least + int(draw() * (longest - least + 1)))

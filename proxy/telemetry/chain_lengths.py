@@ -24,6 +24,8 @@ GOOD_INTERVALS: Final = 8
 """Number of intervals per chain that the suggested Δ aims at."""
 STEP: Final = 16
 """Suggestions are multiples of this many tokens."""
+SHIPPED: Final = frozenset({("autotts-tiny", 32)})
+"""Models and intervals that are shipped together, so that nobody need change them: the embedded model's."""
 
 
 class EpisodeBranch(Protocol):
@@ -55,7 +57,7 @@ class ChainLengths:
         lengths = [len(live.ids) for live in branches if live.finish == "stop" or len(live.ids) >= enough]
         if lengths:
             medians.append(median(lengths))
-        if len(medians) < MIN_EPISODES or self._warned.get(model) == interval:
+        if len(medians) < MIN_EPISODES or self._warned.get(model) == interval or (model, interval) in SHIPPED:
             return
         usual = median(medians)
         better = suggested_interval(usual)

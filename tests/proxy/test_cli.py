@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 import pytest
 
-from proxy.cli import base_url, welcome
+from deploy.embedded.server import SERVED_MODEL_NAME
+from proxy.cli import EMBEDDED_MODEL, base_url, welcome
 from proxy.upstream.embedded import free_port
 from tests.fakes import MODEL, FakeVLLM
 
@@ -95,6 +96,15 @@ async def test_serve_logs_its_upstream_and_shows_an_example_with_a_served_model(
     assert "your model" not in after
     address = after.partition("\n")[0]
     assert f"Dashboard and playground: http://127.0.0.1:{address}/ui\n" in after
+
+
+async def test_serve_shows_a_question_that_the_embedded_model_knows_if_the_upstream_serves_that() -> None:
+    async with FakeVLLM().serve() as backend:
+        backend.models = [EMBEDDED_MODEL]
+        written = await started("--upstream", backend.url)
+    assert EMBEDDED_MODEL == SERVED_MODEL_NAME
+    assert "What is the result mod 13?" in written
+    assert "17 * 23" not in written
 
 
 async def test_embedded_args_with_another_upstream_are_warned_of() -> None:

@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from controllers import Limits, Round, State, run_episode, run_sync
 from controllers.loading import Spec, make, parse_spec
 from discovery.answers import redacted
 from discovery.commands.evaluate import _show as show
 from discovery.commands.evaluate import parse_weights
+from discovery.data.importers import format_recording_line
 from discovery.data.mapped_recordings import load_mapped, write_mapped
 from discovery.data.recordings import (
     NO_ANSWER,
@@ -46,6 +48,7 @@ from discovery.evaluation.scores import (
     pool_scores,
 )
 from discovery.evaluation.sources import select_cells
+from proxy.cli import app
 
 CELL = Cell("m", "b", Split.SEARCH)
 
@@ -678,11 +681,22 @@ def autotts(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def lines(tmp_path: Path) -> Path:
     """Return a JSON Lines file with all recordings of SOURCE."""
-    from discovery.data.importers import format_recording_line
 
     path = tmp_path / "lines.jsonl"
     path.write_text("".join(map(format_recording_line, SOURCE.recordings)))
     return path
+
+
+def test_evaluate_warns_of_held_out_questions(tmp_path: Path) -> None:
+    file = tmp_path / "both.jsonl"
+    first, second, *_ = SOURCE.recordings
+    both = (first, replace(second, split=Split.HELD_OUT, benchmark="exam"))
+    file.write_text("".join(map(format_recording_line, both)))
+    asked = ["evaluate", "--recordings", str(file), "--betas", "1", "--shuffles", "1", "--max-branches", "8"]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    assert "held-out questions are included (exam): do not choose" in done.stderr
+    assert "held-out questions are" not in CliRunner().invoke(app, [*asked, "--split", str(first.split)]).stderr
 
 
 @pytest.mark.process
@@ -696,10 +710,11 @@ def test_import_evaluate_trace_and_export_work_on_the_command_line(tmp_path: Pat
     assert "0 branches added; 10 recordings were already there" in done.stdout
     asked = ["--controllers", "cmc,asc@16", "--betas", "0,1", "--shuffles", "3", "--split", "search"]
     asked += ["--max-branches", "16", "--json", "-"]
-    by_source = [
-        json.loads(autotts("evaluate", "--recordings", name, *asked, folder=tmp_path).stdout)
-        for name in ("s.db", "lines.jsonl")
-    ]
+    by_source = []
+    for name in ("s.db", "lines.jsonl"):
+        done = autotts("evaluate", "--recordings", name, *asked, folder=tmp_path)
+        assert "held-out" not in done.stderr
+        by_source.append(json.loads(done.stdout))
     for rows in by_source:
         for row in rows:
             del row["seconds"], row["decisions_per_s"]
@@ -786,7 +801,6 @@ def test_invalid_arguments_of_evaluate_give_one_line_and_leave_no_file(
 
 @pytest.mark.process
 def test_the_evaluate_command_reports_label_sources_and_versions(tmp_path: Path) -> None:
-    from discovery.data.importers import format_recording_line
 
     newer = [replace(one, origin=Origin.LIVE, request=f"r {at}", **COOL) for at, one in enumerate(MIXED.recordings)]
     older = [replace(one, request=f"s {at}", sampling={}) for at, one in enumerate(newer[:2])]

@@ -260,7 +260,13 @@ def test_caps_give_a_default_to_a_request_without_its_own() -> None:
 
 
 def test_retry_after_is_whole_seconds_from_1_to_60() -> None:
-    assert [retry_after(s) for s in (0.0, 0.2, 3.2, 1e9)] == ["1", "1", "4", "60"]
+    waits = (0.0, 0.2, 3.2, 30.0, 50.5, 1e9)
+    assert [retry_after(s, lambda: 0.0) for s in waits] == ["1", "1", "4", "30", "51", "60"]
+    assert [retry_after(s, lambda: 0.9999) for s in waits] == ["3", "3", "6", "45", "60", "60"]
+
+
+def test_the_clients_of_a_burst_get_different_waits() -> None:
+    assert {retry_after(8.0) for _ in range(500)} == {str(wait) for wait in range(8, 13)}
 
 
 # Over HTTP

@@ -7,9 +7,10 @@ import logging
 import pytest
 from openai import AsyncOpenAI
 
+from deploy.embedded.server import SERVED_MODEL_NAME
 from proxy.server import running
-from proxy.settings import load
-from proxy.telemetry.chain_lengths import MIN_EPISODES, ChainLengths, suggested_interval
+from proxy.settings import EMBEDDED, load
+from proxy.telemetry.chain_lengths import MIN_EPISODES, SHIPPED, ChainLengths, suggested_interval
 from proxy.types import LiveBranch
 from tests.fakes import MODEL, FakeVLLM, chain
 from tests.proxy.conftest import INTERVAL, SMALL, Proxy, backend, proxy
@@ -23,6 +24,17 @@ def branches(*lengths: int, finish: str | None = "stop") -> list[LiveBranch]:
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "proxy.telemetry.chain_lengths"]
+
+
+def test_the_shipped_interval_of_the_embedded_model_is_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    shipped = int(EMBEDDED["interval"])
+    assert {(SERVED_MODEL_NAME, shipped)} == SHIPPED
+    lengths = ChainLengths()
+    for _ in range(MIN_EPISODES):
+        lengths.observe(SERVED_MODEL_NAME, shipped, branches(80, 85))
+    assert not warnings_of(caplog)
+    lengths.observe(SERVED_MODEL_NAME, 2 * shipped, branches(80, 85))
+    assert len(warnings_of(caplog)) == 1
 
 
 def test_chains_short_for_the_interval_are_warned_of_once_with_a_better_interval(
