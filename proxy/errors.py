@@ -196,6 +196,7 @@ class UpstreamError(ApiError):
     status = HTTPStatus.BAD_GATEWAY
     type = "upstream_error"
     is_unanswered = False  # whether the upstream had not begun a response, so that another may get the request
+    is_upstream_counted = False  # whether autotts_upstream_requests_total has it
 
     @property
     def logged(self) -> str:
@@ -255,7 +256,7 @@ class UpstreamRefused(UpstreamError):
     def __init__(self, status: int, message: str, *, param: str | None = None) -> None:
         super().__init__(message, param=param, code="upstream_refused")
         self.upstream_status = status
-        self.is_request_at_fault = 400 <= status < 500 and status not in _NOT_ABOUT_REQUESTS
+        self.is_request_at_fault = is_request_at_fault(status)
         if 400 <= status < 500 and status not in (401, 403):
             is_standard = status in {standard.value for standard in HTTPStatus}
             self.status = HTTPStatus(status) if is_standard else HTTPStatus.BAD_REQUEST
@@ -264,6 +265,11 @@ class UpstreamRefused(UpstreamError):
     @property
     def logged(self) -> str:
         return f"the upstream refused a request with status {self.upstream_status}"  # its message may quote the request
+
+
+def is_request_at_fault(status: int) -> bool:
+    """Return whether a status of the upstream says that the request itself is invalid."""
+    return 400 <= status < 500 and status not in _NOT_ABOUT_REQUESTS
 
 
 def clipped(text: str, most: int) -> str:

@@ -11,12 +11,11 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
-from controllers import Action, Limits
+from controllers import Limits
 from controllers.builtin import is_admin_only
 from controllers.loading import Spec
 from controllers.rollout_state import RolloutStage
@@ -121,34 +120,6 @@ class Call:
     def generated(self) -> int:
         """Number of tokens that have arrived so far."""
         return sum([len(output.ids) for output in self.outputs])
-
-
-class ObservedRequest(NamedTuple):
-    """A request to the upstream that an observer follows to its end."""
-
-    on_end: Callable[[int | None, BaseException | None], object]
-    """Called once with the response's status, if there is one, and the error, if there is one."""
-    headers: Mapping[str, str]  # to send with the request
-
-
-class UpstreamObserver:
-    """Receives events about requests to the upstream. This base class ignores them all."""
-
-    def request(self, method: str, path: str) -> ObservedRequest | None:
-        """Observe a request that is neither a generation nor a health check. Return None to ignore its end."""
-        return None
-
-    def generation(self, model: str, call: Call) -> AbstractContextManager[object]:
-        """Return a context to run one generation in."""
-        return nullcontext()
-
-    def round(self, actions: Sequence[Action]) -> AbstractContextManager[object]:
-        """Return a context to run one round of actions in."""
-        return nullcontext()
-
-    def headers(self) -> Mapping[str, str]:
-        """Return headers to send with a generation. Called inside the context of `generation`."""
-        return {}
 
 
 class BetaSource(StrEnum):

@@ -10,11 +10,11 @@ import aiohttp
 from aiohttp import web
 
 from proxy.telemetry.metrics import Metrics
-from proxy.types import UpstreamObserver
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.fleet.fleet import Fleet
 from proxy.upstream.fleet.fleet_client import FleetClient
 from proxy.upstream.fleet.replica import Replica
+from proxy.upstream_observer import UpstreamObserver
 from tests.fakes import MODEL, Chain, FakeVLLM
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from difflib import get_close_matches
 from http import HTTPStatus
+from typing import Final
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -12,10 +13,22 @@ from starlette.responses import JSONResponse, Response
 
 from proxy import errors
 from proxy.api.response_headers import current_request_id
-from proxy.errors import ApiError, BadRequest, Forbidden, LimitsAway, NotFound, RecordsAway, TooMany, Unauthorised
+from proxy.errors import (
+    ApiError,
+    BadRequest,
+    Forbidden,
+    LimitsAway,
+    NotFound,
+    RecordsAway,
+    TooMany,
+    Unauthorised,
+    UpstreamError,
+)
 from proxy.http.sse import ClientDisconnected
 from proxy.passthrough.forward import UNSERVED_PATHS
 
+GENERATION_PATHS: Final = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
+"""Paths whose requests generate."""
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that disconnected. It appears in the access log only."""
 NEAR = 0.9
@@ -43,6 +56,8 @@ class ErrorResponses:
     def _api_error(self, request: Request, error: ApiError) -> Response:
         if outcome := _outcome(error):
             request.app.state.service.metrics.requests.labels("", "", outcome).inc()
+        if isinstance(error, UpstreamError) and request.scope["path"] in GENERATION_PATHS:
+            request.app.state.service.metrics.count_early_failure(error)
         request.state.error_code = error.code  # for the access log
         headers = {"x-request-id": current_request_id(), **error.headers}
         if error.spent:  # a retry by the client would pay for every branch again

@@ -108,7 +108,7 @@ class ForwardEndpoints:
         async def work() -> Response:
             await slot.__aenter__()
             in_pieces = bool(slot.caps.tokens)
-            forwarding = forward(engine, request, body, headers, content_type, in_pieces=in_pieces)
+            forwarding = forward(engine, request, body, headers, content_type, in_pieces=in_pieces, model=model)
             return await slot.metered(forwarding)
 
         with DisconnectCounter(service.metrics, model):

@@ -68,11 +68,12 @@ async def forward(
     content_type: str | None = None,
     *,
     in_pieces: bool = False,
+    model: str = "",
 ) -> Response:
     """Return the upstream's response to `body` at the request's path, with `headers` added. Raises UpstreamError.
 
     `content_type` replaces the request's, if the proxy wrote the body itself. With `in_pieces` even a short response is
-    returned as a StreamedResponse, unless it is an error.
+    returned as a StreamedResponse, unless it is an error. `model` is that of a generation; empty for others.
     """
     sent = {name: value for name in _REQUEST_HEADERS if (value := request.headers.get(name))}
     if content_type is not None:
@@ -80,7 +81,7 @@ async def forward(
     if own_id := headers.get("x-request-id"):  # vLLM derives its own id from it and logs it
         sent["x-request-id"] = own_id
     scope = request.scope
-    relayed = engine.relay(scope["method"], scope["path"], body, sent)
+    relayed = engine.relay(scope["method"], scope["path"], body, sent, model)
     upstream = await relayed.__aenter__()
     exchange = _Entered(relayed)
     kept = {name: value for name in _RESPONSE_HEADERS if (value := upstream.headers.get(name))}

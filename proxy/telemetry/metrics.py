@@ -13,16 +13,10 @@ from typing import Any, Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from controllers.builtin import ALIASES
-from proxy.errors import (
-    UpstreamCircuitOpen,
-    UpstreamError,
-    UpstreamProtocolError,
-    UpstreamRefused,
-    UpstreamTimeout,
-    UpstreamUnreachable,
-)
+from proxy.errors import DeadlinePassed, UpstreamError
 from proxy.telemetry.chain_lengths import ChainLengths
 from proxy.telemetry.metric_row import M, MetricRow
+from proxy.telemetry.upstream_outcome import outcome_of_failure, outcome_of_response
 from proxy.types import CanaryMetric
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -30,13 +24,6 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _BY_BETA: Final = ("model", "controller", "beta")
 _BY_RESPONSE: Final = ("path", "applied", "streamed")
 _SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-
-_FAILURES: Final = {
-    UpstreamUnreachable: "unreachable",
-    UpstreamTimeout: "timeout",
-    UpstreamCircuitOpen: "ejected",
-    UpstreamProtocolError: "nonsense",
-}
 
 
 def controller_label(controller: str) -> str:
@@ -311,14 +298,16 @@ class Metrics:
     upstream_requests = MetricRow(
         Counter,
         "autotts_upstream_requests",
-        "Generation requests to the upstream by outcome: done, aborted, unreachable, timeout, nonsense (an invalid "
-        "reply), refused (an invalid request), ejected (the circuit breaker is open), failed.",
+        "Generation requests to the upstream, for controllers and passed through, by outcome: done, aborted, "
+        "unreachable, timeout, broken (the connection), nonsense (an invalid reply), refused (an invalid request), "
+        "ejected (the circuit breaker is open), failed. Requests that fail in a call before their first generation "
+        "count too, with an empty model.",
         ("model", "outcome"),
     )
     upstream_seconds = MetricRow(
         Histogram,
         "autotts_upstream_seconds",
-        "Seconds that the upstream took, for completed generation requests.",
+        "Seconds that the upstream took, for completed generation requests of controllers.",
         ("model",),
         buckets=_SECONDS,
     )
@@ -373,12 +362,22 @@ class Metrics:
             outcome = "done"
             self.upstream_seconds.labels(model).observe(time.perf_counter() - started)
         except UpstreamError as error:
-            outcome = next((name for kind, name in _FAILURES.items() if isinstance(error, kind)), "failed")
-            if isinstance(error, UpstreamRefused) and error.is_request_at_fault:
-                outcome = "refused"
+            outcome = outcome_of_failure(error)
+            error.is_upstream_counted = True
             raise
         finally:
             self.upstream_requests.labels(model, outcome).inc()
+
+    def count_passed_through(self, model: str, status: int | None, error: BaseException | None) -> None:
+        """Count one generation request that was passed through to the upstream."""
+        if isinstance(error, UpstreamError):
+            error.is_upstream_counted = True
+        self.child(self.upstream_requests, model, outcome_of_response(status, error)).inc()
+
+    def count_early_failure(self, error: UpstreamError) -> None:
+        """Count a generation request that failed with `error`, unless a request to the upstream was counted for it."""
+        if not (error.is_upstream_counted or isinstance(error, DeadlinePassed)):
+            self.upstream_requests.labels("", outcome_of_failure(error)).inc()
 
     def exposition(self) -> bytes:
         """Return all metrics in the Prometheus text format."""

@@ -26,7 +26,8 @@ from proxy.telemetry.tracing import (
     is_exported,
     service_name,
 )
-from proxy.types import Call, ObservedRequest, Plan
+from proxy.types import Call, Plan
+from proxy.upstream_observer import ObservedRequest
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.metrics import MeterProvider

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from controllers import Action
 from discovery.errors import install_hint
 from proxy.telemetry.metrics import Metrics, controller_label
-from proxy.types import Call, ObservedRequest, Plan, UpstreamObserver
+from proxy.types import Call, Plan
+from proxy.upstream_observer import ObservedRequest, UpstreamObserver
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -258,6 +259,9 @@ class TelemetryObserver(UpstreamObserver):
     def generation(self, model: str, call: Call) -> Iterator[None]:
         with self._metrics.upstream_request(model), self._tracer.generation(model, call):
             yield
+
+    def passed_through(self, model: str, status: int | None, error: BaseException | None) -> None:
+        self._metrics.count_passed_through(model, status, error)
 
     def round(self, actions: Sequence[Action]) -> AbstractContextManager[object]:
         return self._tracer.round(actions)

@@ -22,7 +22,7 @@ import aiohttp
 
 from proxy.errors import UpstreamDisconnected, UpstreamError, UpstreamRefused
 from proxy.gateway_headers import gateway_headers
-from proxy.types import Call, Model, ReplicaStatus, UpstreamObserver
+from proxy.types import Call, Model, ReplicaStatus
 from proxy.upstream.branch_semaphore import BranchSemaphore
 from proxy.upstream.chat_stream import BYTES_PER_LOGPROB, add_chat_chunk, chat_request, finish_chat
 from proxy.upstream.circuit_breaker import Breaker
@@ -45,6 +45,7 @@ from proxy.upstream.detokeniser import TokenEndings
 from proxy.upstream.load_metrics import UpstreamLoad, parse_load
 from proxy.upstream.response_body import BYTES_PER_ID, MAX_PAGE_BYTES, MIN_BODY_BYTES, BodyTooLong, read_body
 from proxy.upstream.transport import UpstreamTransport
+from proxy.upstream_observer import UpstreamObserver
 
 logger = logging.getLogger(__name__)
 
@@ -371,14 +372,14 @@ class UpstreamClient:
     # Pass-through
 
     def relay(
-        self, method: str, path: str, body: bytes, headers: Mapping[str, str]
+        self, method: str, path: str, body: bytes, headers: Mapping[str, str], model: str = ""
     ) -> AbstractAsyncContextManager[UpstreamResponse]:
         """Return a context manager around the upstream's unchanged response, whatever its status.
 
-        Leaving it aborts the request.
+        Leaving it aborts the request. The observer counts it as a generation of `model`, unless that is empty.
         """
         own = {**headers, **gateway_headers(), **self._session}
-        return self._transport.request(method, path, encode=lambda: body, headers=own)
+        return self._transport.request(method, path, encode=lambda: body, headers=own, generated_by=model)
 
 
 def _chat_json(fields: Mapping[str, Any], messages: bytes) -> bytes:

@@ -31,12 +31,12 @@ from proxy.errors import (
     detail,
 )
 from proxy.tested_versions import has_tested_internals
-from proxy.types import ObservedRequest, UpstreamObserver
 from proxy.upstream import retry
 from proxy.upstream.circuit_breaker import BackgroundBreaker, Breaker
 from proxy.upstream.connections.pooled_request import PooledRequests, UpstreamResponse
 from proxy.upstream.health_check import HealthCheck, is_failure
 from proxy.upstream.response_body import MAX_PAGE_BYTES, parse_object, read_body
+from proxy.upstream_observer import ObservedRequest, UpstreamObserver
 
 logger = logging.getLogger(__name__)
 
@@ -144,12 +144,14 @@ class UpstreamTransport:
         is_observed: bool = True,
         encode: Callable[[], bytes] | None = None,
         headers: Mapping[str, str] = MappingProxyType({}),
+        generated_by: str = "",
     ) -> _Exchange:
         """Return a context manager around the upstream's response. Leaving it closes an unread response.
 
         A check is not retried, does not count for the circuit breaker and is not observed. With `counts_success=False`
         a success does not reset the breaker's count of failures: it does not prove that generation works. `encode`
         builds the body. It is called for each attempt, so that a large body is not kept until the response ends.
+        `generated_by` is the model of a generation that is passed through, which the observer counts by its outcome.
         """
         if is_check or self._pooled is None:
             timeouts = self._check_timeout if is_check else self._timeout
@@ -157,7 +159,7 @@ class UpstreamTransport:
         else:
             send = partial(self._pooled.send, method, path, encode, headers=headers)
         observed_path = path if is_observed and not is_check else ""
-        return _Exchange(self, send, is_check, counts_success and not is_check, method, observed_path)
+        return _Exchange(self, send, is_check, counts_success and not is_check, method, observed_path, generated_by)
 
     async def _send_request(
         self,
@@ -320,6 +322,7 @@ class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
         counts_success: bool,
         method: str,
         observed_path: str,
+        generated_by: str,
     ) -> None:
         self._transport = transport
         self._send = send
@@ -327,6 +330,7 @@ class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
         self._counts_success = counts_success
         self._method = method
         self._observed_path = observed_path  # empty if the request is not observed
+        self._generated_by = generated_by  # empty if the request is not counted
         self._observed: ObservedRequest | None = None
         self._response: UpstreamResponse | None = None
 
@@ -358,6 +362,8 @@ class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
             return
         if self._counts_success and not is_failure(response.status):
             self._transport.breaker.succeed()
+        if self._generated_by:
+            self._transport.observer.passed_through(self._generated_by, response.status, None)
         if self._observed is not None:
             self._observed.on_end(response.status, None)
 
@@ -369,8 +375,11 @@ class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
         mapped = transport.map_error(error) if is_mappable and isinstance(error, Exception) else error
         if isinstance(mapped, UpstreamDisconnected):
             mapped.is_unanswered = response is None and isinstance(error, retry.NO_RESPONSE_ERRORS)
+        status = None if response is None else response.status
+        if self._generated_by:
+            transport.observer.passed_through(self._generated_by, status, mapped)
         if self._observed is not None:
-            self._observed.on_end(None if response is None else response.status, mapped)
+            self._observed.on_end(status, mapped)
         is_failed = is_foreign or (response is not None and response.ok and _is_upstream_fault(error))
         if is_failed and not is_counted and not self._is_check:
             transport.record_failure(error)

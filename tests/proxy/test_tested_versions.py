@@ -20,11 +20,11 @@ from proxy.passthrough.forward import MAX_BUFFERED_BYTES
 from proxy.server import running
 from proxy.settings import load
 from proxy.tested_versions import TESTED, has_tested_internals
-from proxy.types import UpstreamObserver
 from proxy.upstream import body_tap
 from proxy.upstream.circuit_breaker import Breaker
 from proxy.upstream.connections.pooled_request import PooledRequests
 from proxy.upstream.transport import UpstreamTransport
+from proxy.upstream_observer import UpstreamObserver
 from tests.fakes import MODEL, FakeVLLM, RawUpstream
 from tests.proxy.conftest import SMALL
 

@@ -8,7 +8,6 @@ import aiohttp
 
 from proxy.settings import Settings, parse_upstreams
 from proxy.telemetry.metrics import Metrics
-from proxy.types import UpstreamObserver
 from proxy.upstream.branch_semaphore import BranchSemaphore
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.fleet.dns_poller import DnsPoller
@@ -16,6 +15,7 @@ from proxy.upstream.fleet.fleet import Fleet
 from proxy.upstream.fleet.fleet_client import FleetClient
 from proxy.upstream.fleet.interface import Upstream
 from proxy.upstream.fleet.replica import Replica
+from proxy.upstream_observer import UpstreamObserver
 
 
 def create_upstream(

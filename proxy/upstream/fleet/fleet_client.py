@@ -14,7 +14,7 @@ from math import ceil
 from typing import Any, Final, TypeVar
 
 from proxy.errors import UpstreamError, UpstreamUnreachable
-from proxy.types import Call, Model, ReplicaStatus, UpstreamObserver
+from proxy.types import Call, Model, ReplicaStatus
 from proxy.upstream.circuit_breaker import BreakerState
 from proxy.upstream.client import UpstreamClient, card_model
 from proxy.upstream.connections.pooled_request import UpstreamResponse
@@ -24,6 +24,7 @@ from proxy.upstream.fleet.fleet import MAX_ATTEMPTS, Fleet, is_replica_failure
 from proxy.upstream.fleet.replica import Replica
 from proxy.upstream.load_metrics import UpstreamLoad
 from proxy.upstream.retry import UNPROCESSED_STATUSES
+from proxy.upstream_observer import UpstreamObserver
 
 BEST_FIRST: Final = (BreakerState.CLOSED, BreakerState.HALF_OPEN, BreakerState.OPEN)
 T = TypeVar("T")
@@ -194,7 +195,7 @@ class FleetClient:
 
     @asynccontextmanager
     async def relay(
-        self, method: str, path: str, body: bytes, headers: Mapping[str, str]
+        self, method: str, path: str, body: bytes, headers: Mapping[str, str], model: str = ""
     ) -> AsyncIterator[UpstreamResponse]:
         """Return a context manager around a replica's unchanged response, whatever its status.
 
@@ -209,7 +210,7 @@ class FleetClient:
             is_last = len(tried) == MAX_ATTEMPTS or not self._fleet.has_other(self._model, tried)
             async with AsyncExitStack() as stack:
                 stack.enter_context(replica.occupied(1))
-                relayed = self._client(replica).relay(method, path, body, headers)
+                relayed = self._client(replica).relay(method, path, body, headers, model)
                 try:
                     response = await stack.enter_async_context(relayed)
                 except UpstreamError as error:

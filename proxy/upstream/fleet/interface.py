@@ -7,10 +7,11 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 from proxy.errors import UpstreamError
-from proxy.types import Call, Model, ReplicaStatus, UpstreamObserver
+from proxy.types import Call, Model, ReplicaStatus
 from proxy.upstream.connections.pooled_request import UpstreamResponse
 from proxy.upstream.detokeniser import TokenEndings
 from proxy.upstream.load_metrics import UpstreamLoad
+from proxy.upstream_observer import UpstreamObserver
 
 
 class Upstream(Protocol):
@@ -99,6 +100,9 @@ class Upstream(Protocol):
         """Send a chat completion and fill the only output of `call`."""
 
     def relay(
-        self, method: str, path: str, body: bytes, headers: Mapping[str, str]
+        self, method: str, path: str, body: bytes, headers: Mapping[str, str], model: str = ""
     ) -> AbstractAsyncContextManager[UpstreamResponse]:
-        """Return a context manager around a server's unchanged response, whatever its status."""
+        """Return a context manager around a server's unchanged response, whatever its status.
+
+        `model` is that of a generation, which the observer counts; empty for other requests.
+        """

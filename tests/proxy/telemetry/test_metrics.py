@@ -232,7 +232,12 @@ async def test_values_chosen_by_clients_create_no_new_series(proxy: Proxy) -> No
 
 @pytest.mark.parametrize(
     ("fault", "of_upstream", "outcome"),
-    [("cut", "nonsense", "failed"), ("unavailable", "failed", "failed"), ("refuse", "refused", "refused")],
+    [
+        ("cut", "broken", "failed"),
+        ("lie", "nonsense", "failed"),
+        ("unavailable", "failed", "failed"),
+        ("refuse", "refused", "refused"),
+    ],
 )
 async def test_upstream_failures_are_counted_by_kind(proxy: Proxy, fault: str, of_upstream: str, outcome: str) -> None:
     proxy.backend.fault = fault

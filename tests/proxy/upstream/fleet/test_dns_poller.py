@@ -15,12 +15,13 @@ import pytest_asyncio
 from proxy.errors import UpstreamUnreachable
 from proxy.settings import MAX_REPLICAS
 from proxy.telemetry.metrics import Metrics
-from proxy.types import Call, UpstreamObserver
+from proxy.types import Call
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.fleet.dns_poller import DnsPoller, resolve
 from proxy.upstream.fleet.fleet import Fleet
 from proxy.upstream.fleet.fleet_client import FleetClient
 from proxy.upstream.fleet.replica import Replica
+from proxy.upstream_observer import UpstreamObserver
 from tests.fakes import ASSISTANT, MODEL, FakeVLLM
 from tests.proxy.upstream.fleet.conftest import MakeProxy, scripted
 

@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from proxy.errors import UpstreamCircuitOpen, UpstreamError, UpstreamRefused, UpstreamUnreachable
 from proxy.telemetry.metrics import Metrics
-from proxy.types import Call, Model, UpstreamObserver
+from proxy.types import Call, Model
 from proxy.upstream.branch_semaphore import BranchSemaphore
 from proxy.upstream.circuit_breaker import FAILURES, OPEN_S, Breaker
 from proxy.upstream.client import UpstreamClient
@@ -19,6 +19,7 @@ from proxy.upstream.embedded import free_port
 from proxy.upstream.fleet.fleet import Fleet
 from proxy.upstream.fleet.fleet_client import FleetClient
 from proxy.upstream.fleet.replica import RECHECK_S, Replica
+from proxy.upstream_observer import UpstreamObserver
 from tests.fakes import ASSISTANT, MODEL, FakeVLLM
 
 LIMIT = 10

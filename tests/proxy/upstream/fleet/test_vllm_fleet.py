@@ -17,11 +17,12 @@ from proxy.environment.live_environment import LiveEnvironment
 from proxy.server import running
 from proxy.settings import load
 from proxy.telemetry.metrics import Metrics
-from proxy.types import EnvironmentLimits, LiveBranch, Prompt, UpstreamObserver
+from proxy.types import EnvironmentLimits, LiveBranch, Prompt
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.fleet.fleet import Fleet
 from proxy.upstream.fleet.fleet_client import FleetClient
 from proxy.upstream.fleet.replica import Replica
+from proxy.upstream_observer import UpstreamObserver
 from tests.fakes import MODEL, FakeVLLM, listening
 from tests.proxy.conftest import SMALL
 from tests.proxy.upstream.fleet.conftest import scripted
