@@ -23,6 +23,7 @@ MODULES: Final = (
     "controllers.core.action_types",
     "controllers.core.branch_facts",
     "controllers.state",
+    "controllers.sandbox.episode_rounds",
     "controllers.sandbox.frames",
     "discovery.evaluation.replay",
     "discovery.evaluation.traced_rounds",

@@ -5,21 +5,28 @@ The state stays with the owner. The process has a copy, which the facts of each 
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any, Final, Generic, TypeVar
 
 from controllers.actions import Action
 from controllers.episode import RemoteController
 from controllers.errors import BoundaryViolation
 from controllers.limits import Limits
+from controllers.loading import Spec
 from controllers.sandbox import frames
-from controllers.sandbox.handle import Decision, SandboxHandle
-from controllers.state import State
+from controllers.sandbox.deadline import Clock
+from controllers.sandbox.episode_rounds import EpisodeRounds, EpisodeTurns, SynchronousEnvironment
+from controllers.sandbox.frames import Decision
+from controllers.sandbox.handle import SandboxHandle
+from controllers.sandbox.spawner import spawner
+from controllers.state import Round, State
 
 T = TypeVar("T")
 
-EPISODES_PER_PROCESS: Final = 64
+EPISODES_PER_PROCESS: Final = 128
 """Maximum number of episodes that share a process and its messages."""
 
 
@@ -28,7 +35,7 @@ class SandboxedController:
 
     def __init__(self, handle: SandboxHandle, beta: float) -> None:
         self.handle = handle
-        self._turns = frames.EpisodeTurns(0, beta, handle.codes)
+        self._turns = EpisodeTurns(0, beta, handle.codes)
 
     def decide(self, state: State) -> Sequence[Action]:
         """Decide like `Controller.decide`, blocking. Raises ControllerError, BoundaryViolation or MachineDisturbed."""
@@ -46,16 +53,25 @@ class SandboxedController:
         self.handle.close()
 
 
-class _SuspendingController:
+class SuspendingController:
     """Controller of one of many episodes in a process. Deciding suspends its episode until all episodes wait."""
 
     def __init__(self, number: int, beta: float, codes: frames.FactCodes) -> None:
-        self._turns = frames.EpisodeTurns(number, beta, codes)
+        self._turns = EpisodeTurns(number, beta, codes)
 
     @types.coroutine
     def decide_later(self, state: State) -> Generator[list[int], Decision, Sequence[Action]]:
         turns = self._turns
         return turns.take((yield turns.turn(state)))
+
+    def rounds(
+        self,
+        environment: SynchronousEnvironment,
+        state: State,
+        on_round: Callable[[State, Round], None] | None = None,
+    ) -> EpisodeRounds:
+        """Return what runs an episode like `run_episode`, faster, when it is awaited."""
+        return EpisodeRounds(self._turns, environment, state, on_round)
 
 
 Episode = Callable[[RemoteController], Coroutine[Any, Any, T]]
@@ -69,6 +85,37 @@ def episodes_per_message(limits: Limits) -> int:
     """
     largest = max(frames.most_actions(limits), 2 * limits.max_branches * frames.NUMBERS_PER_NEW_FACT) + 8
     return max(1, min(EPISODES_PER_PROCESS, frames.MAX_FRAME_BYTES // 8 // largest))
+
+
+def run_sandboxed(
+    spec: Spec,
+    beta: float,
+    limits: Limits,
+    episodes: Sequence[Episode[T]],
+    processes: int,
+    share: int = EPISODES_PER_PROCESS,
+) -> list[T]:
+    """Run episodes in so many new sandbox processes of one controller, up to `share` at a time in each.
+
+    A process that would get few episodes is not started. The others start at the same time.
+
+    No episode may have wider limits than `limits`. Raises ControllerError if the controller does not load,
+    SandboxUnavailable and MachineDisturbed.
+    """
+    with ExitStack() as stack:
+        workers: list[SandboxHandle] = []
+        most = min(share, episodes_per_message(limits))
+        processes = min(processes, math.ceil(len(episodes) / max(1, most // 2)))
+        in_each = min(most, math.ceil(len(episodes) / max(1, processes)))  # so that all have as much to do
+        for _ in range(processes):
+            worker = spawner().spawn(clock=Clock.CPU)
+            stack.callback(worker.close)
+            workers.append(worker)
+        for worker in workers:
+            worker.begin_load(spec)
+        for worker in workers:
+            worker.finish_load()
+        return run_together(workers, beta, limits, episodes, in_each)
 
 
 def run_together(
@@ -130,7 +177,7 @@ class _EpisodeBatch(Generic[T]):
         while self._free and (new := next(self._queue, None)) is not None:
             number, episode = new
             place = self._free.pop()
-            running = episode(_SuspendingController(place, self._beta, self._handle.codes))
+            running = episode(SuspendingController(place, self._beta, self._handle.codes))
             suspended = _SuspendedEpisode(number, place, running)
             self._continue(suspended, suspended.step, None)
         if self.waiting:

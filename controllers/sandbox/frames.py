@@ -7,8 +7,9 @@
              | CALL, number, name, {block}, {input}      → process: number, text (empty, or a complaint), {outcome}
     turn     = seat, BEGIN, β's bits, limits             the first of an episode: it has no rounds yet
              | seat, FACTS, {code}                       the round was carried out as decided
+             | seat, AGAIN                               so it was, and its facts are those of the round before
              | seat, ROUND, {action}, {code}             the token limit shortened it
-    decision = {action} | -1, complaint               a complaint is an error message, as text
+    decision = {action} | -1, complaint | -2             a complaint is an error message, as text; -2: as before
     {x}      = the number of items, then each item
     action   = one number: verb, branch, and intervals or label
     fact     = five numbers, the last its signals; its code is the number of facts sent before it. Those that recur are
@@ -27,13 +28,13 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Sequence
-from typing import Final, cast
+from typing import Final
 
 from controllers.actions import ANSWER, BRANCH, PROBE, PRUNE, Action, Advanced, Fact, Probed, Verb
-from controllers.errors import ControllerError, ControllersError
+from controllers.errors import ControllersError
 from controllers.limits import Limits
 from controllers.signals import pack_signals, unpack_signals
-from controllers.state import Round, State
+from controllers.state import Round
 
 MAX_FRAME_BYTES: Final = 1 << 20
 """Most bytes of a frame."""
@@ -41,14 +42,19 @@ HEADER: Final = struct.Struct("=I")
 LOAD, STEP, CALL = 1, 2, 3
 READY: Final = -1
 """First frame of a process, alone: it is sealed, and no foreign code has run in it."""
-BEGIN, FACTS, ROUND = 0, 1, 2
+BEGIN, FACTS, ROUND, AGAIN = 0, 1, 2, 3
 COMPLAINT: Final = -1
+UNCHANGED: Final = -2
+"""In place of the number of actions: the episode's decision is the one before."""
 MAX_COMPLAINT_CHARS: Final = 500
 """Most characters of a complaint that are passed on."""
 NONE: Final = -1
 """Stands for a bound that is not set."""
 MAX_CACHED_ACTIONS: Final = 1 << 16
 """Most actions that are cached, in each direction."""
+
+MAX_NUMBERED: Final = 1 << 12
+"""Facts of smaller numbers are found by them."""
 
 _ACT: Final = 3
 """Bits below an action's branch."""
@@ -70,6 +76,10 @@ _numbers: Final[dict[int, int]] = {}
 """Numbers of actions, by an action's id."""
 _kept: Final[list[Action]] = []
 """Keeps those actions alive, so that their ids are not reused."""
+
+
+Decision = list[Action] | str | None
+"""The actions of a decision, a complaint, or None: the actions are those of the episode's decision before."""
 
 
 class BadFrame(Exception):
@@ -113,35 +123,50 @@ def encode_begin(seat: int, beta: float, limits: Limits) -> list[int]:
 class FactCodes:
     """Codes of the facts sent to a process, by identity: most facts are interned and recur.
 
-    The end of a branch is a fact of its own, which does not recur. It is forgotten once it has been sent.
+    Those that replay has numbered are found by their numbers, which takes half as long as by a dictionary. The end of a
+    branch is a fact of its own, which does not recur. It is forgotten once it has been sent.
     """
 
     def __init__(self) -> None:
-        self._codes: dict[int, int] = {}
-        self._kept: list[Fact] = []  # keeps those facts alive, so that their ids are not reused
+        self._codes: dict[int, int] = {}  # by id, of facts without a number
+        self._numbered: list[Fact | None] = []  # by number
+        self._numbered_codes: list[int] = []
+        self._kept: list[Fact] = []  # keeps facts alive, so that their ids are not reused
         self._sent = 0
         self._new: list[int] = []
 
     def codes_of(self, facts: Sequence[Fact]) -> list[int]:
         """Return the codes of `facts`. New facts are sent with the next frame."""
-        codes = list(map(self._codes.get, map(id, facts)))
-        if None in codes:
-            for at, fact in enumerate(facts):
-                if codes[at] is None:
-                    codes[at] = self._send(fact)
-        return cast(list[int], codes)
+        numbered, numbered_codes, codes = self._numbered, self._numbered_codes, list[int]()
+        for fact in facts:
+            if fact.number is not None:
+                number: int = fact.number
+                if number < len(numbered) and numbered[number] is fact:
+                    codes.append(numbered_codes[number])
+                    continue
+            codes.append(self._send(fact))
+        return codes
 
     def _send(self, fact: Fact) -> int:
         """Return the code of a fact that may be new."""
-        key = id(fact)
-        code = self._codes.get(key, -1)  # a round may have it twice
-        if code < 0:
-            code = self._sent
-            self._sent += 1
-            self._encode(fact)
-            if not (isinstance(fact, Advanced) and fact.finished):
-                self._codes[key] = code
-                self._kept.append(fact)
+        code = self._codes.get(id(fact), -1)
+        if code >= 0:
+            return code
+        code = self._sent
+        self._sent += 1
+        self._encode(fact)
+        number = fact.number
+        if number is not None and number < MAX_NUMBERED:
+            missing = number + 1 - len(self._numbered)
+            if missing > 0:
+                self._numbered += [None] * missing
+                self._numbered_codes += [0] * missing
+            if self._numbered[number] is None:  # recordings with other intervals have other facts of this number
+                self._numbered[number], self._numbered_codes[number] = fact, code
+                return code
+        if not (isinstance(fact, Advanced) and fact.finished):
+            self._codes[id(fact)] = code
+            self._kept.append(fact)
         return code
 
     def new_facts(self) -> list[int]:
@@ -177,43 +202,22 @@ def decode_facts(numbers: list[int], at: int, facts: list[Fact]) -> int:
     return end
 
 
-def encode_turn(seat: int, decided: Sequence[Action], last: Round, codes: FactCodes) -> list[int]:
-    """Encode a later turn. `last` has the actions that were carried out, of those `decided`, and their facts."""
+def encode_turn(
+    seat: int, decided: Sequence[Action], last: Round, codes: FactCodes, before: Sequence[Fact] = ()
+) -> list[int]:
+    """Encode a later turn. `last` has the actions that were carried out, of those `decided`, and their facts.
+
+    `before` has the facts of the round before it.
+    """
     actions, facts = last.actions, last.facts
     if actions is decided or list(actions) == list(decided):
+        if before and facts == before:
+            return [seat, AGAIN]
         numbers = [seat, FACTS, len(facts)]
     else:
         numbers = [seat, ROUND, len(actions), *map(encode_action, actions), len(facts)]
     numbers += codes.codes_of(facts)
     return numbers
-
-
-class EpisodeTurns:
-    """Encodes the turns of one episode for its process, and checks its decisions."""
-
-    def __init__(self, seat: int, beta: float, codes: FactCodes) -> None:
-        self._seat = seat
-        self._beta = beta
-        self._codes = codes
-        self._rounds = 0  # rounds that the process knows
-        self._asked: Sequence[Action] = ()
-
-    def turn(self, state: State) -> list[int]:
-        """Return the turn that precedes a decision on `state`."""
-        last = state.last
-        if last is None:
-            return encode_begin(self._seat, self._beta, state.limits)
-        self._rounds += 1
-        if state.rounds != self._rounds:
-            raise ControllerError("a sandboxed controller must see every round of its episode")
-        return encode_turn(self._seat, self._asked, last, self._codes)
-
-    def take(self, decision: list[Action] | str) -> Sequence[Action]:
-        """Return the actions of a decision. Raises ControllerError if it is a complaint."""
-        if isinstance(decision, str):
-            raise ControllerError(printable(decision))
-        self._asked = decision
-        return decision
 
 
 def decode_begin(numbers: Sequence[int], at: int) -> tuple[float, Limits, int]:
@@ -225,9 +229,14 @@ def decode_begin(numbers: Sequence[int], at: int) -> tuple[float, Limits, int]:
 
 
 def decode_turn(
-    numbers: list[int], at: int, decided: Sequence[Action], known: list[Fact]
-) -> tuple[Sequence[Action], list[Fact], int]:
-    """Return the actions and facts of the later turn at `at`, and the position of the next turn."""
+    numbers: list[int], at: int, decided: Sequence[Action], known: list[Fact], before: Sequence[Fact] = ()
+) -> tuple[Sequence[Action], Sequence[Fact], int]:
+    """Return the actions and facts of the later turn at `at`, and the position of the next turn.
+
+    `decided` and `before` are the actions decided last and the facts of the round before.
+    """
+    if numbers[at + 1] == AGAIN:
+        return decided, before, at + 2
     if numbers[at + 1] == ROUND:
         end = at + 3 + numbers[at + 2]
         decided, at = [decode_action(number) for number in numbers[at + 3 : end]], end - 2
@@ -287,13 +296,12 @@ def _decode(number: int) -> Action:
         raise BadFrame(f"{number} does not encode an action") from None
 
 
-def decode_decision(numbers: list[int], at: int, most: int) -> tuple[list[Action] | str, int]:
-    """Return the decision at `at` and the position of the next one. A complaint is returned as a string.
-
-    Raises BadFrame, also for more than `most` actions.
-    """
+def decode_decision(numbers: list[int], at: int, most: int) -> tuple[Decision, int]:
+    """Return the decision at `at` and the position of the next one. Raises BadFrame, also for over `most` actions."""
     try:
         count = numbers[at]
+        if count == UNCHANGED:
+            return None, at + 1
         if count == COMPLAINT:
             return decode_text(numbers, at + 1, MAX_COMPLAINT_CHARS)
     except IndexError:
@@ -306,10 +314,10 @@ def decode_decision(numbers: list[int], at: int, most: int) -> tuple[list[Action
     return [decode_action(number) for number in numbers[at + 1 : end]], end
 
 
-def decode_decisions(numbers: list[int], at: int, count: int, most: int) -> tuple[list[list[Action] | str], int]:
+def decode_decisions(numbers: list[int], at: int, count: int, most: int) -> tuple[list[Decision], int]:
     """Return `count` decisions that begin at `at`, and the position after them. Raises like `decode_decision`."""
     known, total = _actions.__getitem__, len(numbers)
-    decisions: list[list[Action] | str] = []
+    decisions: list[Decision] = []
     for _ in range(count):
         end = at + 1 + numbers[at] if at < total else -1
         if at < end <= min(total, at + 1 + most):

@@ -12,13 +12,12 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
-from controllers.actions import Action
 from controllers.errors import BadController, Boundary, BoundaryViolation, MachineDisturbed
 from controllers.loading import Spec
 from controllers.sandbox import frames
 from controllers.sandbox.deadline import HARD_S, SOFT_S, Clock, Deadline
 from controllers.sandbox.exit_reasons import explain_exit, explain_late
-from controllers.sandbox.frames import BadFrame
+from controllers.sandbox.frames import BadFrame, Decision
 from controllers.sandbox.functions import MAX_TEXT
 from controllers.sandbox.polling import is_ready, wait_ready
 from controllers.sandbox.process_usage import ProcessUsageReader
@@ -40,8 +39,6 @@ RECEIVED_BYTES: Final = 1 << 16
 _ASKED: Final = 0
 """Yielded by an exchange once its request is sent, before it first tries to read the reply."""
 
-Decision = list[Action] | str
-"""The actions of a decision, or the complaint of the process as text."""
 Exchange = Generator[int, None, T]
 """Generator that yields the `select.poll` event it waits for, or `_ASKED`, and returns the reply."""
 

@@ -21,6 +21,7 @@ from controllers.sandbox.frames import (
     LOAD,
     MAX_COMPLAINT_CHARS,
     READY,
+    UNCHANGED,
     body_size,
     decode_begin,
     decode_facts,
@@ -49,7 +50,8 @@ class _RunningEpisode:
     def __init__(self, controller: Controller, state: State) -> None:
         self.controller = controller
         self.state = state
-        self.decided: Sequence[Action] = ()
+        self.decided: Sequence[Action] = ()  # a copy, because the controller may change its list
+        self.facts: Sequence[Fact] = ()  # of the latest round
 
 
 def serve() -> None:
@@ -126,17 +128,23 @@ def _turn(
             return at
     else:
         episode = episodes[numbers[at]]
-        actions, round_facts, at = decode_turn(numbers, at, episode.decided, facts)
-        episode.state.apply(actions, round_facts)
+        actions, episode.facts, at = decode_turn(numbers, at, episode.decided, facts, episode.facts)
+        episode.state.apply(actions, episode.facts)
     try:
-        episode.decided = episode.controller.decide(episode.state)
+        decided = episode.controller.decide(episode.state)
     except BaseException as error:  # foreign code
         reply += encode_complaint(complaint(episode.controller, error))
         return at
     try:
-        reply += encode_actions(episode.decided)
+        if not isinstance(decided, (list, tuple)):
+            raise TypeError("it is no list")
+        if decided == episode.decided:
+            reply.append(UNCHANGED)
+        else:
+            reply += encode_actions(decided)
+            episode.decided = list(decided)
     except BaseException as error:  # foreign objects
-        reply += encode_complaint(_no_actions(episode.controller, episode.decided, error))
+        reply += encode_complaint(_no_actions(episode.controller, decided, error))
     return at
 
 

@@ -28,11 +28,12 @@ from controllers.builtin import find
 from controllers.core.action_types import call_name
 from controllers.episode import RemoteController
 from controllers.loading import Spec, discovered, make, parse_spec
+from controllers.sandbox.controller import run_sandboxed
 from controllers.sandbox.spawner import spawner
 from discovery.audit.served_episodes import baseline_of, controller_rounds, replay_states, stop_of
 from discovery.data.packed_rounds import unpack_rounds
 from discovery.errors import TraceError
-from discovery.evaluation.replay_jobs import SANDBOXES_PER_JOB, retry_disturbed, run_sandboxed
+from discovery.evaluation.replay_jobs import SANDBOXES_PER_JOB, retry_disturbed
 from discovery.store import ServedEpisode
 
 T = TypeVar("T")

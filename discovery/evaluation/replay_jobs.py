@@ -7,11 +7,10 @@ engines give identical figures.
 from __future__ import annotations
 
 import gc
-import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -37,10 +36,12 @@ from controllers import (
 )
 from controllers.episode import RemoteController
 from controllers.loading import Spec, make
-from controllers.sandbox.controller import EPISODES_PER_PROCESS, Episode, episodes_per_message, run_together
-from controllers.sandbox.deadline import Clock
-from controllers.sandbox.handle import SandboxHandle
-from controllers.sandbox.spawner import spawner
+from controllers.sandbox.controller import (
+    EPISODES_PER_PROCESS,
+    Episode,
+    SuspendingController,
+    run_sandboxed,
+)
 from controllers.signals import ALL_SIGNALS, Signal
 from controllers.voting import own_and_next
 from discovery.data.recordings import Cell, Recording
@@ -194,35 +195,6 @@ def retry_disturbed(work: Callable[[], T]) -> T:
     return work()
 
 
-def run_sandboxed(
-    spec: Spec,
-    beta: float,
-    limits: Limits,
-    episodes: Sequence[Episode[T]],
-    processes: int,
-    share: int = EPISODES_PER_PROCESS,
-) -> list[T]:
-    """Run episodes in so many new sandbox processes of one controller, up to `share` at a time in each.
-
-    Processes that would get no episode are not started. The others start at the same time.
-
-    No episode may have wider limits than `limits`. Raises ControllerError if the controller does not load,
-    SandboxUnavailable and MachineDisturbed.
-    """
-    with ExitStack() as stack:
-        workers: list[SandboxHandle] = []
-        in_each = min(share, episodes_per_message(limits))
-        for _ in range(min(processes, math.ceil(len(episodes) / in_each))):
-            worker = spawner().spawn(clock=Clock.CPU)
-            stack.callback(worker.close)
-            workers.append(worker)
-        for worker in workers:
-            worker.begin_load(spec)
-        for worker in workers:
-            worker.finish_load()
-        return run_together(workers, beta, limits, episodes, share)
-
-
 class _JobRunner:
     """Plays the episodes of a job: one after the other in this process, or together in sandbox processes."""
 
@@ -347,7 +319,11 @@ class _JobRunner:
             on_round = partial(_keep_round, rounds, on_round)
         failure, sudden = None, False
         try:
-            await run_episode(make_controller(), environment, state, on_round)
+            controller = make_controller()
+            if isinstance(controller, SuspendingController):
+                await controller.rounds(environment, state, on_round)
+            else:
+                await run_episode(controller, environment, state, on_round)
         except ControllerError as error:
             failure = str(error)
             sudden = isinstance(error, BoundaryViolation) and error.boundary in SUDDEN

@@ -56,7 +56,7 @@ def _replay(recordings: Sequence[Recording], beta: float, times: int, block: int
             rates.append(int(played.outcomes[3].sum()) / played.seconds)
     sealed, here = (statistics.median(rates) for rates in speeds.values())
     return Row(
-        f"sandboxed decisions per second, 64 episodes per message: CMC β={beta:g}, Qwen3-1.7B aime25",
+        f"sandboxed decisions per second: CMC β={beta:g}, Qwen3-1.7B aime25",
         f"{sealed:,.0f} (median of {times})",
         f"{here:,.0f} in this process",
         f"{sealed / here:.2f}",

@@ -50,7 +50,7 @@ from controllers.sandbox import handle as handles
 from controllers.sandbox.controller import SandboxedController, episodes_per_message, run_together
 from controllers.sandbox.deadline import Clock, Deadline
 from controllers.sandbox.exit_reasons import explain_late
-from controllers.sandbox.frames import BadFrame
+from controllers.sandbox.frames import BadFrame, Decision
 from controllers.sandbox.handle import SandboxHandle
 from controllers.sandbox.process_usage import ProcessUsage, ProcessUsageReader
 from controllers.sandbox.proof import AttemptResult, Proof, SandboxLevel, prove
@@ -180,7 +180,7 @@ def test_any_numbers_decode_to_a_bounded_decision_or_are_refused(numbers: list[i
     except BadFrame:
         return
     assert 0 < at <= len(numbers)
-    assert isinstance(decided, str) or len(decided) <= most
+    assert decided is None or isinstance(decided, str) or len(decided) <= most
 
 
 @given(
@@ -198,8 +198,8 @@ def test_decisions_decode_together_as_they_do_one_by_one(numbers: list[int], cou
         assert (decisions, at) == decode_one_by_one(numbers, count, most)
 
 
-def decode_one_by_one(numbers: list[int], count: int, most: int) -> tuple[list[list[Action] | str], int]:
-    at, decisions = 0, list[list[Action] | str]()
+def decode_one_by_one(numbers: list[int], count: int, most: int) -> tuple[list[Decision], int]:
+    at, decisions = 0, list[Decision]()
     for _ in range(count):
         decision, at = frames.decode_decision(numbers, at, most)
         decisions.append(decision)
@@ -222,7 +222,7 @@ def test_control_characters_in_messages_are_replaced_and_messages_cut() -> None:
 
 
 def test_wider_limits_put_fewer_episodes_into_one_message() -> None:
-    assert episodes_per_message(Limits(1, 64)) == 64
+    assert episodes_per_message(Limits(1, 64)) == 128
     assert episodes_per_message(Limits(1, 1024)) == 9
     assert episodes_per_message(Limits(1, 1 << 20)) == 1
 
@@ -317,6 +317,10 @@ def test_a_process_reports_why_a_file_cannot_be_loaded(owner: socket.socket, sou
             HEAD + "        return [branch(), 'branch']",
             "Mine did not return a list of actions: entry 1 is 'branch'; make each with branch(), advance(), probe()",
         ),
+        (
+            HEAD + "        return (branch() for _ in range(2))",
+            "Mine did not return a list of actions but a value of type generator; return [branch()], for example",
+        ),
         (HEAD + "        return [branch]", "entry 0 is a value of type function; make each with branch()"),
         (HEAD.replace("self.beta = beta", "1 / 0") + "        return []", "its constructor raised ZeroDivisionError"),
     ],
@@ -324,7 +328,32 @@ def test_a_process_reports_why_a_file_cannot_be_loaded(owner: socket.socket, sou
 def test_a_process_reports_the_failure_of_its_controller(owner: socket.socket, source: str, message: str) -> None:
     assert load(owner, source) == ""
     reply = ask(owner, frames.STEP, 2, 0, *frames.encode_begin(0, 0.5, LIMITS))
-    assert message in frames.decode_decision(reply, 1, 9)[0]
+    complaint, _ = frames.decode_decision(reply, 1, 9)
+    assert isinstance(complaint, str)
+    assert message in complaint
+
+
+CHANGING = HEAD + (
+    "        self.list = self.list if state.width else [branch(), branch()]\n"
+    "        if state.rounds == 1: self.list[:] = [advance(0), advance(1)]\n"
+    "        if state.rounds == 3: self.list.pop()\n"
+    "        return self.list\n"
+)
+"""Source of a controller that returns the same list, whose actions it changes."""
+
+
+def test_a_repeated_decision_is_one_number_and_a_changed_list_is_not_repeated(owner: socket.socket) -> None:
+    assert load(owner, CHANGING) == ""
+    opening, both = [branch(), branch()], [advance(0), advance(1)]
+    facts: list[Fact] = [Advanced(0, 1, 10, False), Advanced(1, 1, 10, False)]
+    codes, before = frames.FactCodes(), list[Fact]()
+    replies = [ask(owner, frames.STEP, 2, 0, *frames.encode_begin(0, 0.5, LIMITS))]
+    for number, decided in enumerate((opening, both, both), 3):
+        turn = frames.encode_turn(0, decided, Round(decided, facts), codes, before)
+        before = facts
+        replies.append(ask(owner, frames.STEP, number, *codes.new_facts(), *turn))
+    two = [frames.encode_action(action) for action in both]
+    assert replies == [[2, *frames.encode_actions(opening)], [3, 2, *two], [4, frames.UNCHANGED], [5, 1, two[0]]]
 
 
 # Real sandbox processes
@@ -491,8 +520,8 @@ def test_a_process_that_exits_fails_its_current_and_later_episodes(sandbox_spawn
 
         return run
 
-    ended = run_together(workers, 0.5, LIMITS, [episode(number) for number in range(150)])
-    assert [number for number, _, _ in ended] == list(range(150))
+    ended = run_together(workers, 0.5, LIMITS, [episode(number) for number in range(300)])
+    assert [number for number, _, _ in ended] == list(range(300))
     assert {boundary for _, _, boundary in ended} == {Boundary.DEAD}
     assert sorted({rounds for _, rounds, _ in ended}) == [0, 2]
 

@@ -166,7 +166,7 @@ LOOP = "def f(x):\n    while True: pass"
     ("block", "error"),
     [
         (LOOP, BoundaryViolation),
-        ("TOO_LATE = [0 for _ in iter(int, 1)]\ndef f(x): return x", BoundaryViolation),
+        ("TOO_LATE = sum(0 for _ in iter(int, 1))\ndef f(x): return x", BoundaryViolation),
         ("def f(x): return [0] * 10**10", BadController),
         ("def f(x):\n    kept = []\n    while True: kept.append('x' * 10**6)", BadController),
         ("import os\ndef f(x): return os.getpid()", BadController),
