@@ -40,7 +40,7 @@ from proxy.requests.generation_request import GenerationRequest
 from proxy.settings import Settings
 from proxy.telemetry.metrics import Metrics
 from proxy.types import Model
-from proxy.upstream.body_tap import BodySink, BodySource, convert_pieces
+from proxy.upstream.body_tap import BodySink, BodySource, nothing
 
 logger = logging.getLogger(__name__)
 
@@ -376,18 +376,18 @@ def _is_event_stream(response: Response) -> bool:
 def _metered(source: BodySource, slot: PassthroughSlot, meter: BoundedReplyMeter | UnboundedReplyMeter) -> BodySource:
     """Wrap `source` so that `meter` reads the reply and the slot is settled at its end, also after an error."""
 
-    def read(piece: bytes, is_last: bool) -> bytes:
-        passed = meter.feed(piece)
-        if is_last:
-            passed += meter.finish()
-            slot.settle(*meter.charge)
-        return passed
-
-    read_source = convert_pieces(source, read)
+    feed = meter.feed
 
     async def metered(sink: BodySink) -> None:
+        def take(piece: bytes, is_last: bool) -> Awaitable[None]:
+            passed = feed(piece)
+            if is_last:
+                passed += meter.finish()
+                slot.settle(*meter.charge)
+            return sink(passed, is_last) if passed or is_last else nothing()
+
         try:
-            await read_source(sink)
+            await source(take)
         except BaseException:
             slot.settle(*meter.charge)
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from functools import partial
 from http import HTTPStatus
 from typing import Final
 
@@ -127,7 +128,7 @@ class ForwardEndpoints:
         recent.add(ForwardedRequest(own, tenant, created, path, model, reason, status, client_id or None))
         recent.add_client_id(tenant, client_id, own)
         if isinstance(response, StreamedResponse):
-            response.source = recent.noting_upstream_id(response.source, tenant, own)
+            response.on_first_piece = partial(recent.note_upstream_id, tenant, own)
         else:
             recent.note_upstream_id(tenant, own, bytes(response.body))
         return response

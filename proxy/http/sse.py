@@ -91,6 +91,7 @@ class StreamedResponse(Response):
     ) -> None:
         self.source = source  # may be replaced until the response is sent
         self.context = context  # of the source; exited when the body is complete or cannot be sent
+        self.on_first_piece: Callable[[bytes], object] | None = None  # called with it, before it is sent
         self.status_code = status_code
         self.media_type = media_type
         self.background = None
@@ -122,6 +123,8 @@ class StreamedResponse(Response):
             nonlocal has_begun
             if has_begun and not is_last and send_piece is not None:
                 return send_piece(piece)
+            if not has_begun and piece and self.on_first_piece is not None:
+                self.on_first_piece(piece)
             has_begun = True
             return send({"type": "http.response.body", "body": piece, "more_body": not is_last})
 

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Awaitable
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
-
-from proxy.upstream.body_tap import BodySink, BodySource
 
 MAX_REQUESTS: Final = 10_000
 """Maximum number of forwarded requests in the index, and of ids other than the proxy's."""
@@ -72,23 +69,6 @@ class RecentRequests:
             self._upstream_ids[request] = upstream_id
             _evict_oldest(self._upstream_ids, self._max_requests)
             self.add_alias(tenant, upstream_id, request)
-
-    def noting_upstream_id(self, source: BodySource, tenant: str, request: str) -> BodySource:
-        """Return `source` wrapped so that the upstream's id is noted from its first piece."""
-
-        async def noting(sink: BodySink) -> None:
-            is_noted = False
-
-            def take(piece: bytes, is_last: bool) -> Awaitable[None]:
-                nonlocal is_noted
-                if not is_noted and piece:
-                    is_noted = True
-                    self.note_upstream_id(tenant, request, piece)
-                return sink(piece, is_last)
-
-            await source(take)
-
-        return noting
 
     def resolve(self, tenant: str, name: str, *, is_admin: bool = False) -> str:
         """Return the proxy's id of the tenant's request called `name`, or `name` itself if it is unknown.

@@ -66,15 +66,15 @@ def convert_pieces(source: BodySource, convert: Callable[[bytes, bool], bytes]) 
     async def converted(sink: BodySink) -> None:
         def take(piece: bytes, is_last: bool) -> Awaitable[None]:
             ready = convert(piece, is_last)
-            return sink(ready, is_last) if ready or is_last else _nothing()
+            return sink(ready, is_last) if ready or is_last else nothing()
 
         await source(take)
 
     return converted
 
 
-async def _nothing() -> None:
-    pass
+async def nothing() -> None:
+    """Return at once: the result of a sink that has nothing to send."""
 
 
 class _BodyTap:
@@ -90,6 +90,7 @@ class _BodyTap:
         self._last_data = self._loop.time()  # when data last arrived that resets the idle timeout
         self._is_event_stream = is_event_stream
         self._has_last = False  # whether the last piece has been forwarded
+        self._sent: Awaitable[None] | None = None  # last result of the sink that needed no wait: mostly it is the same
         self._done: asyncio.Future[Awaitable[None] | None] = self._loop.create_future()
 
     async def run(self) -> bool:
@@ -114,7 +115,11 @@ class _BodyTap:
         if not self._is_event_stream or b"data" in piece:
             self._last_data = self._loop.time()
         try:
-            unfinished = start_eagerly(self._sink(piece, is_last))
+            sent = self._sink(piece, is_last)
+            unfinished = None
+            if sent is not self._sent:
+                unfinished = start_eagerly(sent)
+                self._sent = sent if isinstance(sent, asyncio.Future) and unfinished is None else None
         except Exception as error:
             self._finish(error)
         else:
