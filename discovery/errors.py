@@ -8,6 +8,7 @@ DiscoveryError
 ├── FileWriteError       a file cannot be written
 ├── StoreError           the store cannot be opened, read or written
 │   ├── CorruptRow       a row was changed or cannot be read
+│   ├── StoreDamaged     the database finds its own file damaged
 │   ├── UncertainCommit  the connection was lost while a transaction was committed
 │   └── UnstorableValue  no column can hold a value
 ├── TraceError           a file of traces cannot be written or read
@@ -64,6 +65,10 @@ class StoreError(DiscoveryError):
 
 class CorruptRow(StoreError):
     """A row of the store was changed or cannot be read."""
+
+
+class StoreDamaged(StoreError):
+    """The database finds its own file damaged."""
 
 
 class UncertainCommit(StoreError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sqlite3
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from discovery.commands.options import DEFAULT_STORE, AnyPlace, AsJson, Benchmar
 from discovery.data.atomic_files import atomic_write, check_writable_path
 from discovery.data.importers import format_recording_line, read_jsonl, read_release, release_files
 from discovery.data.recordings import Origin, RecordedQuestion, Split, default_split
-from discovery.errors import RecordingsNotFound, StoreError
+from discovery.errors import RecordingsNotFound, StoreDamaged, StoreError
 from discovery.evaluation.sources import open_source, select_cells
 from discovery.store import CellSummary, ServedSummary, Store, StorePlace, parse_place
 from discovery.store.copying import copy_store
@@ -150,11 +149,8 @@ def verify(place: Place = DEFAULT_STORE, as_json: AsJson = False) -> None:
     """Check that no row is corrupt; exit status 1 if one is, or if SQLite cannot read the file."""
     try:
         checked = with_store(place, Store.verify)
-    except StoreError as error:
-        if not _is_damaged(error):
-            raise
-        advice = "the file is damaged: restore a backup (docs/recording.md#backups)"
-        print_plain(Console(stderr=True), f"{error}; {advice}", "red")
+    except StoreDamaged as error:
+        print_plain(Console(stderr=True), str(error), "red")
         raise typer.Exit(CORRUPT) from None
     if as_json:
         sys.stdout.write(json.dumps({"rows": dict(checked.rows), "bad": list(checked.bad)}, indent=2) + "\n")
@@ -166,12 +162,6 @@ def verify(place: Place = DEFAULT_STORE, as_json: AsJson = False) -> None:
             console.print(bad_row, style="red", highlight=False, markup=False)
     if checked.bad:
         raise typer.Exit(CORRUPT)
-
-
-def _is_damaged(error: StoreError) -> bool:
-    """Return whether SQLite found that the file is damaged, not that it cannot be opened."""
-    cause = error.__cause__ or error.__context__
-    return isinstance(cause, sqlite3.DatabaseError) and cause.sqlite_errorcode & 0xFF == sqlite3.SQLITE_CORRUPT
 
 
 @store.command()

@@ -201,6 +201,6 @@ def _use_row(outcome: Outcome, at_once: int, label: str) -> Row:
     return Row(
         f"busy, {at_once} at once, {label}: processor time of the proxy for a request, share of a core",
         f"{proxy:.1f} ms, {share:.0f} %{full}",
-        f"sandbox: {sandbox:.1f} ms; vLLM: {vllm:.0f} ms",
+        f"sandbox: {sandbox:z.1f} ms; vLLM: {vllm:.0f} ms",
         f"{proxy / vllm:.3f}" if vllm else "",
     )

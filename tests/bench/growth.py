@@ -220,7 +220,7 @@ def row_of(curve: Curve) -> Row:
     verdict = "linear or less" if curve.exponent <= LINEAR else "steeper than linear"
     if curve.exponent > LINEAR and curve.axis in REASONS:
         verdict += f": {REASONS[curve.axis]}"
-    return Row(f"growth, {curve.name}; {curve.axis} {sizes}", measured, verdict, f"exponent {curve.exponent:.2f}")
+    return Row(f"growth, {curve.name}; {curve.axis} {sizes}", measured, verdict, f"exponent {curve.exponent:z.2f}")
 
 
 def _shown(figure: float, is_memory: bool) -> str:

@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 import aiosqlite
 
 from discovery.data.atomic_files import PRIVATE
-from discovery.errors import StoreError
+from discovery.errors import StoreDamaged, StoreError
 from discovery.store.databases.connection import newer_store
 
 RETRY_S: Final = 0.01
@@ -93,6 +93,9 @@ async def open_file(
         identity = identity_of(path)
         yield opened, identity
     except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_CORRUPT:
+            advice = "the file is damaged: restore a backup (docs/recording.md#backups)"
+            raise StoreDamaged(f"{path}: {error}; {advice}") from None
         raise StoreError(f"{path}: {error}") from None
     finally:
         with _overwritten_store_kept(path, identity):

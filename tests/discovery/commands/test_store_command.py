@@ -39,6 +39,7 @@ def test_a_file_that_sqlite_cannot_read_is_reported_as_damaged_with_the_way_out(
         1,
         "s.db: database disk image is malformed; the file is damaged: restore a backup (docs/recording.md#backups)\n",
     )
+    assert autotts("store", "export", "out.jsonl", "--store", "s.db") == (2, f"autotts: {output}")
     assert autotts("store", "verify", "--store", "none.db")[0] == 2
 
 
