@@ -6,6 +6,7 @@ raises TypeError for arguments of other types than declared, so what a check her
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Final
@@ -79,6 +80,7 @@ class Advanced:
     confidence: int | None = None  # of the generated tokens, in per mille; None if unknown (`controllers.signals`)
     lowest: int | None = None  # of the least confident window in them, in per mille; None if unknown
     number: Any = field(default=None, compare=False, repr=False)  # an int if replay has many of it, else None
+    code: bytes = field(default=b"", compare=False, repr=False)  # of the number, as traces store it; else empty
 
     def __init__(
         self,
@@ -101,6 +103,7 @@ class Advanced:
         _put(self, "confidence", confidence)
         _put(self, "lowest", lowest)
         _put(self, "number", number)
+        _put(self, "code", b"" if number is None else number_code(number))
         if intervals < 0 or tokens < 0:
             raise BadFact(f"{self}: intervals and tokens must not be negative")
         if label is not None and (label < 0 or not finished):
@@ -120,6 +123,7 @@ class Probed:
     tokens: int  # cost of the probe: suffix tokens read and answer tokens generated
     confidence: int | None = None  # of the answer's tokens, in per mille; None if unknown (`controllers.signals`)
     number: Any = field(default=None, compare=False, repr=False)  # as in `Advanced`
+    code: bytes = field(default=b"", compare=False, repr=False)
 
     def __init__(
         self, branch: int, label: int | None, tokens: int, confidence: object = None, number: Any = None
@@ -131,6 +135,7 @@ class Probed:
         _put(self, "tokens", tokens)
         _put(self, "confidence", confidence)
         _put(self, "number", number)
+        _put(self, "code", b"" if number is None else number_code(number))
         if tokens < 0 or (label is not None and label < 0):
             raise BadFact(f"{self}: tokens and labels must not be negative")
 
@@ -139,6 +144,11 @@ class Probed:
 
 
 Fact = Advanced | Probed
+
+
+def number_code(number: int) -> bytes:
+    """Return the number of a fact as four bytes. Traces join them, which is faster than a conversion of numbers."""
+    return number.to_bytes(4, sys.byteorder)
 
 
 def _check_confidences(branch: int, values: tuple[object, ...]) -> None:

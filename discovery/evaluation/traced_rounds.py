@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from controllers import Action, Advanced, Fact, Round, State
 from controllers.actions import PRUNE
+from controllers.core.action_types import number_code
 from controllers.signals import pack_signals
 from discovery.data.traces import ADVANCED, NONE, PROBED
 
@@ -47,22 +48,23 @@ class OtherFacts:
         self.facts: list[Fact] = []  # the reference keeps a fact's id from being reused
         self._places: dict[int, int] = {}  # by id
 
-    def find(self, fact: Fact) -> int:
-        """Return NUMBERS and a fact's place among these facts."""
-        place = self._places.get(id(fact))
+    def find(self, fact: Fact) -> bytes:
+        """Return the code of a fact, whose number is NUMBERS and its place among these facts."""
+        finishes = type(fact) is Advanced and fact.finished  # such a fact occurs once
+        place = None if finishes else self._places.get(id(fact))
         if place is None:
             place = len(self.facts)
             self.facts.append(fact)
-            if type(fact) is not Advanced or not fact.finished:  # those occur once
+            if not finishes:
                 self._places[id(fact)] = place
-        return NUMBERS + place
+        return number_code(NUMBERS + place)
 
 
 class TracedRounds:
     """The rounds of one episode. They are taken apart as they end, because keeping them all would cost more."""
 
     def __init__(self, others: OtherFacts, uses_numbers: bool = True) -> None:
-        self.facts: list[Any] = []  # numbers of the facts, without those that are repeated
+        self.facts: list[Fact] = []  # without those that are repeated
         self.counts: list[int] = []  # facts of each round
         self.repeated: list[int] = []  # how many of them are those of the round it refers to
         self.asked: list[int] = []  # intervals requested of each branch as it finished
@@ -81,8 +83,7 @@ class TracedRounds:
         if 2 * count > len(model):
             self._model = facts
         new = facts[same:] if same else facts
-        if new:
-            self._add_facts(new)
+        self.facts += new
         if len(actions) != count:
             self._add_factless(len(self.counts), actions)
         if len(state.finished) != self._finished:
@@ -94,11 +95,12 @@ class TracedRounds:
         self.counts.append(count)
         self.repeated.append(same)
 
-    def _add_facts(self, facts: Sequence[Fact]) -> None:
-        numbers, others, uses_numbers = self.facts, self._others, self._uses_numbers
-        for fact in facts:
-            number = fact.number if uses_numbers else None
-            numbers.append(others.find(fact) if number is None else number)
+    def codes(self) -> bytes:
+        """Return the codes of the facts."""
+        find = self._others.find
+        if not self._uses_numbers:
+            return b"".join([find(fact) for fact in self.facts])
+        return b"".join([fact.code or find(fact) for fact in self.facts])
 
     def _add_factless(self, number: int, actions: Sequence[Action]) -> None:
         for at, action in enumerate(actions):
@@ -113,7 +115,7 @@ class RoundColumns:
     def __init__(self, interval: int, probe_tokens: int) -> None:
         self._interval, self._probe_tokens = interval, probe_tokens
         self._others = OtherFacts()
-        self._facts = array("i")  # numbers of facts
+        self._codes: list[bytes] = []  # of the facts of each episode
         self._counts: list[int] = []
         self._repeated: list[int] = []
         self._asked: list[int] = []
@@ -126,7 +128,7 @@ class RoundColumns:
 
     def add(self, rounds: TracedRounds, state: State, right: bool) -> None:
         """Add the next episode, which ended as `state`."""
-        self._facts.extend(array("i", rounds.facts))
+        self._codes.append(rounds.codes())
         self._counts += rounds.counts
         self._repeated += rounds.repeated
         self._asked += rounds.asked
@@ -137,7 +139,7 @@ class RoundColumns:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the columns by name, each of the smallest type that holds its numbers."""
-        numbers = np.frombuffer(self._facts or b"", np.int32)
+        numbers = np.frombuffer(b"".join(self._codes), np.int32)
         first = np.full(NUMBERS + len(self._others.facts), len(numbers))  # position of each fact's first occurrence
         first[numbers[::-1]] = np.arange(len(numbers))[::-1]
         occurring = np.flatnonzero(first < len(numbers))
