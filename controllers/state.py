@@ -63,8 +63,8 @@ class Round(NamedTuple):
 
 
 _FIELDS: Final = (
-    *("_fresh", "_gone", "_reservations", "active", "answer", "branches", "finished", "labels"),
-    *("last", "limits", "rounds", "spent", "stop", "votes"),
+    *("_fresh", "_gone", "_legal", "_legal_since", "_reservations", "active", "answer", "branches", "finished"),
+    *("labels", "last", "limits", "rounds", "spent", "stop", "votes"),
 )
 
 
@@ -91,6 +91,8 @@ class State:
         self.stop: Stop | None = None  # why the episode ended; None while it runs
         self._fresh: list[int] = []  # UNTOUCHED or GONE for each branch, at the start of a round
         self._gone = 0  # number of branches that are GONE
+        self._legal: list[Action] = []  # the latest round that stays legal until a branch leaves; empty once one has
+        self._legal_since: list[int] = []  # its last effects on the branches
         keeps_reserved = limits.max_tokens is not None and not limits.has_pauses
         self._reservations = Reservations(limits) if keeps_reserved else None
 
@@ -123,18 +125,20 @@ class State:
 
     def ledger(self, winner: int | None = None) -> dict[str, int]:
         """Return tokens by purpose; they add up to `spent`. `winner` is the branch whose text is the reply."""
-        tokens = dict.fromkeys(("winner", "agreeing", "losing", "pruned", "probe"), 0)
+        answer = self.answer
+        won = agreeing = losing = pruned = probes = 0
         for index, branch in enumerate(self.branches):
-            tokens["probe"] += branch.probe_tokens
+            tokens = branch.tokens
+            probes += branch.probe_tokens
             if index == winner:
-                kind = "winner"
+                won += tokens
             elif branch.pruned:
-                kind = "pruned"
+                pruned += tokens
+            elif answer is not None and branch.label == answer:
+                agreeing += tokens
             else:
-                agrees = branch.label is not None and branch.label == self.answer
-                kind = "agreeing" if agrees else "losing"
-            tokens[kind] += branch.tokens
-        return tokens
+                losing += tokens
+        return {"winner": won, "agreeing": agreeing, "losing": losing, "pruned": pruned, "probe": probes}
 
     # Legality
 
@@ -146,9 +150,16 @@ class State:
             raise IllegalAction(f"a round is a list of actions, not {type(actions).__name__}")
         if not actions:
             raise IllegalAction("an empty round makes no progress; answer(state.leader()) ends the episode")
-        since, has_probes = self._fresh.copy(), self.limits.has_probes
+        since, legal, rest = self._fresh.copy(), self._legal, actions
+        if legal and actions[: len(legal)] == legal:  # comparing lists takes a tenth of the time of the loop
+            rest = actions[len(legal) :]
+            if not rest:
+                return
+            since[: len(self._legal_since)] = self._legal_since
+        has_probes = self.limits.has_probes
+        lasts = True  # whether it has only advances, and probes after them
         advances, probes = CONTINUE, PROBE
-        for action in actions:
+        for action in rest:
             if type(action) is not Action:
                 raise IllegalAction(f"{action!r} is not an action; make one with branch(), advance(), …")
             verb, index = action.verb, action.branch
@@ -160,19 +171,24 @@ class State:
                 elif verb is probes:
                     if since[index] != MOVED or not has_probes:
                         self._check_probe(action, since)
+                        lasts = False
                     since[index] = ASKED
-                elif verb is BRANCH:
-                    if len(since) >= self.limits.max_branches:
-                        raise IllegalAction(f"branch(): at most {self.limits.max_branches} branches may be opened")
-                    since.append(MOVED)
-                elif verb is PRUNE:
-                    if since[index] == GONE:
-                        raise self._no_branch(action, since)
-                    since[index] = GONE
                 else:
-                    self._check_answer(actions, action.label)
+                    lasts = False
+                    if verb is BRANCH:
+                        if len(since) >= self.limits.max_branches:
+                            raise IllegalAction(f"branch(): at most {self.limits.max_branches} branches may be opened")
+                        since.append(MOVED)
+                    elif verb is PRUNE:
+                        if since[index] == GONE:
+                            raise self._no_branch(action, since)
+                        since[index] = GONE
+                    else:
+                        self._check_answer(actions, action.label)
             except IndexError:
                 raise self._no_branch(action, since) from None
+        if lasts:
+            self._legal, self._legal_since = list(actions), since
 
     def _check_probe(self, action: Action, since: Sequence[int]) -> None:
         """Raise IllegalAction unless branches can be probed and this one has advanced since its latest probe."""
@@ -209,12 +225,11 @@ class State:
         The first advance that does not fit is shortened to the intervals that fit. Prunes are free. If branches do not
         pause, BRANCH reserves a whole branch, and advances are free.
         """
-        remaining = self.remaining
-        if remaining is None:
+        if self.limits.max_tokens is None:
             return actions
         if self._reservations is not None:
             return self._reservations.affordable(actions, self.branches)
-        interval = self.limits.interval
+        interval, remaining = self.limits.interval, self.limits.max_tokens - self.spent
         grown: dict[int, int] = {}  # worst-case tokens of branches this round advances
         width = len(self.branches)
         fitting: list[Action] = []
@@ -338,6 +353,7 @@ class State:
         """Mark branch `index` as no longer active."""
         self._fresh[index] = GONE
         self._gone += 1
+        self._legal = []
 
     def _close_round(self, actions: Sequence[Action]) -> None:
         """Apply the actions without facts: prunes and the answer."""

@@ -169,6 +169,27 @@ def test_legal_rounds_pass_and_change_nothing(actions: list[Action]) -> None:
     assert snapshot(state) == before
 
 
+def test_a_round_that_was_legal_is_checked_again_once_a_branch_of_it_has_left() -> None:
+    state = grown()
+    again: list[Action] = [advance(0), probe(0), advance(1)]
+    state.check(again)
+    state.check([*again, probe(1)])
+    for more in (probe(0), advance(2), advance(4)):
+        with pytest.raises(IllegalAction):
+            state.check([*again, more])
+    state.apply([advance(1), prune(0)], [Advanced(1, 1, 10, False)])
+    with pytest.raises(IllegalAction, match="branch 0 is pruned"):
+        state.check(again)
+
+
+def test_a_probe_that_was_legal_before_its_round_is_refused_after_it() -> None:
+    state = grown()
+    state.check([probe(1)])
+    state.apply([probe(1)], [Probed(1, None, 4)])
+    with pytest.raises(IllegalAction, match="branch 1 has not advanced"):
+        state.check([probe(1)])
+
+
 def test_answering_none_is_legal_only_while_no_label_leads() -> None:
     state = episode()
     state.check([answer(None)])

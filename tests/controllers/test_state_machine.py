@@ -52,6 +52,7 @@ class Episodes(RuleBasedStateMachine):
         self.fresh: set[int] = set()  # advanced since the last probe
         self.labels = 0
         self.spent = 0
+        self.latest: list[Action] = []  # the latest round that was carried out
 
     def legal(self, actions: list[Action]) -> bool:
         width, gone, fresh = len(self.tokens), set(self.pruned), set(self.fresh)
@@ -87,6 +88,13 @@ class Episodes(RuleBasedStateMachine):
         if fitting:
             self.state.check(fitting)
             self.state.apply(fitting, self.carry_out(fitting, data))
+            self.latest = fitting
+
+    @precondition(lambda self: self.state.stop is None and self.latest)
+    @rule(more=actions, data=st.data())
+    def play_again(self, more: list[Action], data: st.DataObject) -> None:
+        """The state compares rounds with earlier ones, so play a round again, alone or before other actions."""
+        self.play([*self.latest, *more], data)
 
     def carry_out(self, actions: list[Action], data: st.DataObject) -> list[Fact]:
         facts: list[Fact] = []
