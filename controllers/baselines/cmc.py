@@ -39,8 +39,10 @@ class CMC:
         self.threshold = 0.85 + 0.12 * b  # average confidence at which it may stop
         self.slack = 0.04 - 0.03 * b  # largest fall of the average over the window at which it may stop
         self.burst = max(1, round(1 + 2 * b))  # intervals per round for a chain that agrees with the winner
+        self.steps, self.bursts = _steps(1), _steps(self.burst)
         self.widen = max(1, round(1 + 3 * b))  # chains opened at a time
         self.trend = 0.04 - 0.03 * b  # rise of the average over the window above which no chains are opened
+        self.settling = max(1, self.warm_up // 2)  # rounds before more chains are opened
         self.min_finished = max(2, round(2 + 3 * b))
         self.round = 0
         self.stepped = False  # this round's step is done and not yet evaluated
@@ -53,9 +55,10 @@ class CMC:
         self.confidence = 0.0
 
     def decide(self, state: State) -> Sequence[Action]:
-        if not state.width:
+        if not state.branches:
             return self._open(state, self.first_branches)
-        self._count(state)
+        if len(state.finished) > self.counted:
+            self._count(state)
         while True:
             if self.stepped:
                 self._observe()
@@ -79,11 +82,10 @@ class CMC:
                 return actions
 
     def _count(self, state: State) -> None:
-        """Recount the votes if more chains have finished."""
-        if len(state.finished) > self.counted:
-            self.counted = len(state.finished)
-            self.winner = plurality(state.votes)
-            self.confidence = confidence(*top_two(state.votes))
+        """Count the votes of the chains that have finished."""
+        self.counted = len(state.finished)
+        self.winner = plurality(state.votes)
+        self.confidence = confidence(*top_two(state.votes))
 
     def _observe(self) -> None:
         """Move the average towards the confidence of the vote among finished chains."""
@@ -92,17 +94,18 @@ class CMC:
     def _done(self, state: State) -> bool:
         if not state.active or self.round + 1 >= MOST_ROUNDS:
             return True
-        settled = self.average >= self.threshold and self._rise() >= -self.slack
-        return self.round >= self.warm_up and len(state.finished) >= self.min_finished and settled
+        if self.average < self.threshold or self.round < self.warm_up or len(state.finished) < self.min_finished:
+            return False
+        return self._rise() >= -self.slack
 
     def _fall_back(self, state: State) -> Sequence[Action]:
         """Probe the running chains, then answer with their plurality, because no finished chain has an answer."""
         return _unprobed(state) or [answer(state.leader())]
 
     def _stalled(self, state: State) -> bool:
-        if self.average >= self.threshold or state.width >= self.most_branches or not state.room:
+        if self.average >= self.threshold or self.round <= self.settling or self._rise() > self.trend:
             return False
-        return self.round > max(1, self.warm_up // 2) and self._rise() <= self.trend
+        return state.width < self.most_branches and state.room > 0
 
     def _rise(self) -> float:
         return self.window[-1] - self.window[0]
@@ -113,7 +116,7 @@ class CMC:
 
     def _step(self, state: State) -> Sequence[Action]:
         """Advance every running chain."""
-        steps = _steps(1)
+        steps = self.steps
         if self.winner is not None and self.round + 1 >= self.warm_up:  # the next round needs probes
             return list(chain.from_iterable([steps[i] for i in state.active]))
         self.blind = True
@@ -122,24 +125,23 @@ class CMC:
     def _prune_and_step(self, state: State) -> Sequence[Action]:
         """Advance every running chain, agreeing ones faster, and prune persistent deviants."""
         branches, winner, disagreements = state.branches, self.winner, self.disagreements
-        alone, agreeing = _steps(1), _steps(self.burst)
-        patience = self.patience
+        steps, bursts, patience = self.steps, self.bursts, self.patience
         strays: list[int] = []
-        steps: list[tuple[Action, Action]] = []
+        actions: list[Action] = []
         for i in state.active:
             if branches[i].label == winner:
                 disagreements[i] = 0
-                steps.append(agreeing[i])
+                actions += bursts[i]
             else:
                 disagreements[i] = count = disagreements[i] + 1
                 if count >= patience:
                     strays.append(i)
-                steps.append(alone[i])
-        actions = chain.from_iterable(steps)
-        if not strays:
-            return list(actions)
+                actions += steps[i]
+        most = len(state.active) - 2  # two chains always stay
+        if not strays or most <= 0:
+            return actions
         strays.sort(key=lambda i: -disagreements[i])
-        abandoned = strays[: max(0, len(state.active) - 2)]  # the worst first; two chains always stay
+        abandoned = strays[:most]  # the worst first
         gone = frozenset(abandoned)
         return [prune(i) for i in abandoned] + [action for action in actions if action.branch not in gone]
 
