@@ -108,10 +108,10 @@ class ReplayEnvironment:
                         facts.append(self._step(index, intervals))
             elif verb is asks:
                 rest, repeated = left[index], repeated or charged
-                if rest < 0 or has_costs:
+                if has_costs or (rest < 0 and charged):
                     facts.append(self._probe(index))
                     continue
-                answer = probes[index][rest]
+                answer = probes[index][rest] if rest >= 0 else self._opened[index].final
                 label = labels[answer]
                 if label == UNSEEN:
                     label = self._reveal(answer)
@@ -133,19 +133,22 @@ class ReplayEnvironment:
         return label is not None and self.revealed[label] == self.recording.reference
 
     def _open(self, intervals: int) -> Advanced:
-        index = len(self._left)
+        left = self._left
+        index = len(left)
         if index >= len(self.order):
             raise BranchCensored(
                 f"only {len(self.order)} branches were recorded; set Limits.max_branches to at most that"
             )
         row = self._rows[self.order[index]]
+        probes = row.probes
         self._opened.append(row)
-        self._probes.append(row.probes)
-        self._left.append(len(row.probes))
-        if intervals <= len(row.probes):
-            self._left[index] -= intervals
-            return self._steps[index][intervals] if intervals < SHORT else self._step(index, intervals)
-        return self._finish(index, row.tokens if intervals == TO_END else None)
+        self._probes.append(probes)
+        rest = len(probes) - intervals
+        if rest < 0:
+            left.append(len(probes))
+            return self._finish(index, row.tokens if intervals == TO_END else None)
+        left.append(rest)
+        return self._steps[index][intervals] if intervals < SHORT else self._step(index, intervals)
 
     def _step(self, index: int, intervals: int) -> Advanced:
         return Advanced(index, intervals, intervals * self._delta, False)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from controllers import Limits, State, advance, branch, probe, run_episode, run_sync
+from controllers import Limits, Probed, State, advance, branch, probe, run_episode, run_sync
 from discovery.data.recordings import RecordedBranch, RecordedQuestion, Recording, intern_answers
 from discovery.errors import BranchCensored
 from discovery.evaluation.replay import ReplayEnvironment, branch_order
@@ -31,6 +31,14 @@ def test_a_probe_costs_its_recorded_tokens_or_the_configured_price() -> None:
         script = Scripted([branch(), probe(0)])
         run_sync(run_episode(script, ReplayEnvironment(recording, [0], probe_tokens=supposed), state))
         assert state.spent == spent
+
+
+@pytest.mark.parametrize("supposed", [None, 9])
+def test_a_probe_of_a_branch_that_has_just_finished_shows_its_answer_at_no_cost(supposed: int | None) -> None:
+    environment = ReplayEnvironment(recording_of([RecordedBranch(["3"], 25, "7")]), [0], supposed)
+    opened, finished, probed = environment.carry_out([branch(), advance(0), probe(0)])
+    assert (opened.tokens, finished.tokens, environment.critical_path) == (10, 15, 25)
+    assert probed == Probed(0, 0, 0)
 
 
 def test_opening_more_branches_than_recorded_raises_branch_censored() -> None:
