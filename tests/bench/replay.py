@@ -163,11 +163,14 @@ def _general(recordings: Sequence[Recording], block: range, rules: ReplayRules) 
 def _alternate(
     first: Callable[[range], object], second: Callable[[range], object], size: Size
 ) -> tuple[list[float], list[float]]:
-    """Run two functions on each block in turn; return the seconds of each."""
+    """Run two functions on each block in turn; return the seconds of processor time of each.
+
+    They run in this process, so that other programs on the machine change this time less than that of the clock.
+    """
     times: tuple[list[float], list[float]] = ([], [])
     for block in _blocks(size):
         for run, spent in zip((first, second), times, strict=True):
-            began = time.perf_counter()
+            began = time.process_time()
             run(block)
-            spent.append(time.perf_counter() - began)
+            spent.append(time.process_time() - began)
     return times
