@@ -39,7 +39,13 @@ from discovery.data.recordings import Cell, Recording, Split
 from discovery.data.traces import trace_files
 from discovery.errors import ExplorerError, install_hint
 from discovery.evaluation.engines import EngineName, JobPool, make_job_pool
-from discovery.evaluation.evaluate import AnswerComparison, each_scorable, read_scorable_cell
+from discovery.evaluation.evaluate import (
+    AnswerComparison,
+    each_scorable,
+    probe_problem,
+    probe_warnings,
+    read_scorable_cell,
+)
 from discovery.evaluation.replay_jobs import ReplayRules
 from discovery.evaluation.search_split import export_search_split
 from discovery.evaluation.sources import open_source, select_cells
@@ -64,9 +70,6 @@ if TYPE_CHECKING:
 RECORD, CONTEXT = "history.jsonl", "context.md"
 VARIED = 24
 """Genomes varied from good ones in each step of a search with the kernel, which has time for them."""
-PROBE_TOKENS = 20
-"""Tokens charged per probe if the recordings do not say."""
-
 
 log = logging.getLogger(__name__)
 
@@ -158,8 +161,6 @@ def discover(
     options = ExplorerOptions(folder, llm, command, budget_usd, VARIED if compiled else 0)
     chosen = Tuned(make_explorer(explorer, options, out)) if tune else make_explorer(explorer, options, out)
     cells, compared = load_search_split(recordings, split_names(models), split_names(benchmarks), answers)
-    priced = any(recording.has_probe_costs for cell_recordings in cells.values() for recording in cell_recordings)
-    cost = probe_tokens if probe_tokens is not None else None if priced else PROBE_TOKENS
     rivals = [parse_spec(name) for name in split_names(champions)]
     has_probes = can_be_probed(cells)
     if not has_probes and (probing := [rival.name for rival in rivals if rival.needs_probes]):
@@ -178,7 +179,7 @@ def discover(
         "cells": [" ".join(cell) for cell in cells],
         "questions": questions,
         "answers": compared,
-        "probe_tokens": cost,
+        "probe_tokens": probe_tokens,
         "signals": sorted(shown),
         "betas": list(plan.betas),
         "shuffles": orders,
@@ -192,8 +193,9 @@ def discover(
     history = History.resume(record, settings) if resume else History.begin(record, settings)
     if explorer is ExplorerName.AGENT and not (out / EXPORT).exists():
         export_search_split(recordings, out / EXPORT, answers=answers)
-    rules = ReplayRules(probe_tokens=cost, signals=shown)
-    for line in recording_width_warnings(cells, rules.max_branches):
+    rules = ReplayRules(probe_tokens=probe_tokens, signals=shown)
+    probes = {cell: probe_problem(of_cell, probe_tokens) for cell, of_cell in cells.items()}
+    for line in (*recording_width_warnings(cells, rules.max_branches), *probe_warnings(probes)):
         log.warning("%s", line)
     with ExitStack() as stack:
         cascade, arena = make_cascade(stack, cells, rules, plan, SearchWorkers(engine, workers, address), compiled)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from controllers.builtin import DEFAULT
+from controllers.loading import parse_spec
 from discovery.commands.console import wide_console
 from discovery.commands.gate_plan import show_plan
 from discovery.commands.options import (
@@ -26,6 +28,7 @@ from discovery.commands.options import (
     LedgerPlace,
     MaxBranches,
     Models,
+    ProbeTokens,
     RecordingsPlace,
     Workers,
     check_cluster_options,
@@ -38,10 +41,12 @@ from discovery.promotion.conditions import GateTerms
 from discovery.promotion.gate import GateJob
 from discovery.promotion.ledger import Ledger
 from discovery.promotion.power_plan import ORDERS
+from discovery.promotion.searched_questions import charged_probe_tokens
 from discovery.promotion.verdict import GateReport, GateVerdict, describe_savings, report_of
 from discovery.store import child_environment
 from discovery.store.records import utc_now
 
+log = logging.getLogger(__name__)
 NO_LEDGER: Final = Path()
 """Stands for the ledger of a plan, which judges nothing."""
 COLOURS = {GateVerdict.PROMOTE: "green", GateVerdict.REJECT: "red", GateVerdict.UNDECIDED: "yellow"}
@@ -69,6 +74,7 @@ def gate(
         ),
     ] = None,
     answers: Answers = GateJob.answers,
+    probe_tokens: ProbeTokens = None,
     max_branches: MaxBranches = 64,
     beta: Annotated[
         float, typer.Option(min=0, max=1, help="deployed β, at which accuracy must not drop")
@@ -122,6 +128,7 @@ def gate(
             betas=betas,
             shuffles=shuffles or (ORDERS if plan or sequential else GateJob.shuffles),
             answers=answers,
+            probe_tokens=probe_tokens,
             max_branches=max_branches,
             engine=engine,
             workers=workers or 0,
@@ -143,7 +150,23 @@ def gate(
 
 
 def judge_in_subprocess(job: GateJob) -> GateReport:
-    """Run a gate job in another process and return its report. Raises GateError with that process's message."""
+    """Run a gate job in another process, log its warnings, and return its report.
+
+    Raises GateError with that process's message.
+    """
+    charged = charged_probe_tokens(job.finalist)
+    if (
+        charged not in (None, job.probe_tokens)
+        and Path(job.finalist).exists()
+        and parse_spec(job.finalist).needs_probes
+    ):
+        log.warning(
+            "the search for %s charged %d tokens per probe, and this gate charges %s; --probe-tokens %d counts alike",
+            job.finalist,
+            charged,
+            _charge(job.probe_tokens),
+            charged,
+        )
     command = [sys.executable, "-m", "discovery.promotion.gate", *job.options]
     done = subprocess.run(
         command,
@@ -156,7 +179,17 @@ def judge_in_subprocess(job: GateJob) -> GateReport:
     if done.returncode:
         message = done.stderr.strip().rpartition("\n")[2]
         raise GateError(message or f"the gate's process exited with status {done.returncode} and no message")
-    return report_of(json.loads(job.report.read_bytes()))
+    for line in filter(str.strip, done.stderr.splitlines()):
+        log.warning("%s", line)
+    report = report_of(json.loads(job.report.read_bytes()))
+    if report.probe_tokens != job.probe_tokens:
+        charge = _charge(report.probe_tokens)
+        log.warning("%s was judged before, with %s per probe; that verdict stands", report.name, charge)
+    return report
+
+
+def _charge(probe_tokens: int | None) -> str:
+    return "what is recorded" if probe_tokens is None else f"{probe_tokens}"
 
 
 def _show(report: GateReport) -> None:
@@ -179,6 +212,8 @@ def _show(report: GateReport) -> None:
             console.print(_describe_more(report), highlight=False)
     if not report.is_held_out:
         console.print("this verdict promotes nothing: searches may have seen the questions", style="yellow")
+    if report.probe_tokens is not None:
+        console.print(f"tokens per probe: {report.probe_tokens}", highlight=False)
     if report.answers:
         console.print(f"answer comparison: {report.answers}", highlight=False)
     console.print(

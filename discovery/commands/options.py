@@ -87,7 +87,9 @@ Benchmarks = Annotated[str, typer.Option(help="benchmarks, separated by commas (
 Answers = Annotated[AnswerComparison, typer.Option(help=ANSWERS_HELP)]
 Betas = Annotated[str, typer.Option(help="values of β, separated by commas")]
 Shuffles = Annotated[int, typer.Option(min=1, max=10_000, help="branch orders per question")]
-ProbeTokens = Annotated[int | None, typer.Option(min=0, help="tokens charged per probe (default: as recorded)")]
+ProbeTokens = Annotated[
+    int | None, typer.Option(min=0, help="tokens charged per probe (default: as recorded, nothing where none are)")
+]
 MaxBranches = Annotated[int, typer.Option(min=1, help="maximum branches per episode")]
 ShownSignals = Annotated[
     str, typer.Option(help="signals that controllers get, if they declare them: all, none, intervals, probes")

@@ -13,7 +13,16 @@ from typing import Final, TypeVar
 from controllers.loading import Spec
 from controllers.sandbox.deadline import Clock
 from discovery.answers import Judge, Labels, canonical
-from discovery.data.recordings import Cell, LabelSource, Origin, RecordedQuestion, Recording, Version, intern_answers
+from discovery.data.recordings import (
+    NO_ANSWER,
+    Cell,
+    LabelSource,
+    Origin,
+    RecordedQuestion,
+    Recording,
+    Version,
+    intern_answers,
+)
 from discovery.errors import RecordingsNotFound
 from discovery.evaluation.afs import Anchor, chain_anchor
 from discovery.evaluation.engines import Engine, RecordingBatch
@@ -83,8 +92,9 @@ class Evaluation:
         """
         graded: dict[Cell, QuestionGrading] = {}
         branches: dict[Cell, list[int]] = {}
+        probes: dict[Cell, str] = {}
         with Judge(clock=Clock.CPU) as judge:
-            results = engine(self._batches(judge, graded, branches), self.rules)
+            results = engine(self._batches(judge, graded, branches, probes), self.rules)
             played = gather_scores(_report_progress(results, on_progress))
             complete = [
                 replace(
@@ -95,14 +105,22 @@ class Evaluation:
                 )
                 for score in played
             ]
-        for line in recording_limit_warnings(complete):
+        for line in (*recording_limit_warnings(complete), *probe_warnings(probes)):
             log.warning("%s", line)
         return complete
 
     def _batches(
-        self, judge: Judge, graded: dict[Cell, QuestionGrading], branches: dict[Cell, list[int]]
+        self,
+        judge: Judge,
+        graded: dict[Cell, QuestionGrading],
+        branches: dict[Cell, list[int]],
+        probes: dict[Cell, str],
     ) -> Iterator[RecordingBatch]:
-        """Yield one batch per cell, read on demand; add its grading to `graded` and branch counts to `branches`."""
+        """Yield one batch per cell, read on demand.
+
+        Its grading is added to `graded`, its branch counts to `branches`, and problems with its probes to `probes`.
+        """
+        is_probing = any(spec.needs_probes for spec in self.specs)
         for cell, recorded in each_scorable(
             self.cells, lambda cell: scorable_recordings(self.source, cell, self.weights, self.version)
         ):
@@ -112,6 +130,8 @@ class Evaluation:
             recordings = [intern_compared(item, answers, judge) for item in recorded]
             self.anchors[cell] = chain_anchor(recordings)
             branches[cell] = [recording.branches for recording in recordings]
+            if is_probing:
+                probes[cell] = probe_problem(recordings, self.rules.probe_tokens)
             most = min(branches[cell])
             for spec in self.specs:
                 if spec.chains > min(most, self.rules.max_branches):
@@ -125,6 +145,31 @@ class Evaluation:
                         "probes; leave the controller or the cell out"
                     )
             yield RecordingBatch(recordings, make_jobs(self.specs, self.betas, cell, self.shuffles))
+
+
+FREE_PROBES: Final = (
+    "no probe tokens are recorded, so probes cost nothing; --probe-tokens of evaluate, gate and discover charges them"
+)
+EMPTY_PROBES: Final = "no recorded probe has an answer, so controllers that probe learn nothing by it"
+
+
+def probe_problem(recordings: Sequence[Recording], probe_tokens: int | None) -> str:
+    """Return why figures of controllers that probe mislead on the recordings of a cell; empty if they do not."""
+    probed = [recording for recording in recordings if recording.has_probes and recording.probes.size]
+    if probed and all((recording.probes == NO_ANSWER).all() for recording in probed):
+        return EMPTY_PROBES
+    is_free = probe_tokens is None and not any(recording.has_probe_costs for recording in probed)
+    return FREE_PROBES if probed and is_free else ""
+
+
+def probe_warnings(problems: Mapping[Cell, str]) -> list[str]:
+    """Return a line on each problem with probes, which names the first of its cells."""
+    lines = []
+    for problem in dict.fromkeys(filter(None, problems.values())):
+        first, *others = [" ".join(cell) for cell, own in problems.items() if own == problem]
+        more = f" and {len(others)} more cell{'s' if len(others) > 1 else ''}" if others else ""
+        lines.append(f"{first}{more}: {problem}")
+    return lines
 
 
 def each_scorable(cells: Sequence[Cell], read: Callable[[Cell], T]) -> Iterator[tuple[Cell, T]]:

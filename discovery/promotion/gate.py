@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -59,7 +59,8 @@ def run_gate(source: RecordingSource, cells: Sequence[Cell], comparison: Compari
     with ledger.locked():
         if recorded := _recorded(ledger, split, comparison):  # another process has judged it meanwhile
             return recorded.narrowed(unseen)
-        report = judge(measured, comparison.terms, JudgementContext(ledger.next_k(questions), *context))
+        judged = judge(measured, comparison.terms, JudgementContext(ledger.next_k(questions), *context))
+        report = replace(judged, probe_tokens=comparison.rules.probe_tokens)
         comparison.record(ledger, report, questions)
     return report
 
@@ -91,6 +92,7 @@ class GateJob:
     betas: str = "0,0.25,0.5,0.75,1"
     shuffles: int = 100
     answers: AnswerComparison = AnswerComparison.AUTO
+    probe_tokens: int | None = None  # tokens charged per probe; None: as recorded
     max_branches: int = 64
     engine: EngineName = EngineName.PROCESS
     workers: int = 0  # 0 means one per core
@@ -107,7 +109,8 @@ class GateJob:
     @property
     def options(self) -> list[str]:
         """The job as command-line options."""
-        return [f"--{name.replace('_', '-')}={value}" for name, value in vars(self).items()]
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
 
     def run(self) -> GateReport:
         """Judge the finalist and write the report. Raises DiscoveryError or ControllersError."""
@@ -130,7 +133,7 @@ class GateJob:
             parse_spec(self.finalist),
             parse_spec(self.champion),
             make_engine(self.engine, self.workers or None, self.address or None),
-            ReplayRules(self.max_branches),
+            ReplayRules(self.max_branches, self.probe_tokens),
             [parse_beta(text, "--betas") for text in _parts(self.betas)],
             self.shuffles,
             self.created,

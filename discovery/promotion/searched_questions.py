@@ -1,4 +1,4 @@
-"""Questions that the search for a controller has seen, as the card beside its file lists them.
+"""Facts about the search for a controller, from the card beside its file: the questions it has seen, and its rules.
 
 The card has salted hashes, because cards are published and recordings may be private.
 """
@@ -38,13 +38,29 @@ def searched_questions(controller: str) -> SearchedQuestions | None:
 
     The card beside the file counts for edited files too: they come from the same search.
     """
+    card = _card(controller)
+    try:
+        return SearchedQuestions(str(card["run"]), frozenset(map(str, card["data"][SEARCHED])))
+    except (KeyError, TypeError):
+        return None  # no card of a search, or one of an earlier version
+
+
+def charged_probe_tokens(controller: str) -> int | None:
+    """Return what the search for FILE.py charged per probe; None if it counted recorded tokens, or is unknown."""
+    settings = _card(controller).get("settings")
+    charged = settings.get("probe_tokens") if isinstance(settings, dict) else None
+    return charged if isinstance(charged, int) else None
+
+
+def _card(controller: str) -> dict[str, Any]:
+    """Return the card beside FILE.py; empty if there is none."""
     if not controller.endswith(".py"):
-        return None
+        return {}
     try:
         card = parse_json(Path(controller).with_suffix(".json").read_bytes())
-        return SearchedQuestions(str(card["run"]), frozenset(map(str, card["data"][SEARCHED])))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # no card of a search, or one of an earlier version
+    except (OSError, ValueError):
+        return {}
+    return card if isinstance(card, dict) else {}
 
 
 def _hashes(questions: Iterable[str], salt: str) -> list[str]:

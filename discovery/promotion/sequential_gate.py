@@ -141,7 +141,7 @@ class _Look:
     def _sequence_id(self) -> str:
         """Return the id of the sequence; other settings or controllers are another sequence."""
         about = self._comparison
-        parts = [
+        parts: list[object] = [
             about.finalist.digest,
             about.champion.digest,
             sorted((cell.model, cell.benchmark, cell.split) for cell in self._cells),
@@ -152,6 +152,8 @@ class _Look:
             asdict(self._terms),
             about.model,
         ]
+        if about.rules.probe_tokens is not None:
+            parts.append(about.rules.probe_tokens)
         return sha256(json.dumps(parts).encode()).hexdigest()
 
     def _latest(self) -> GateReport | None:
@@ -234,6 +236,7 @@ class _Look:
             delta_afs=float(gains.mean()),
             interval=interval,
             questions=gains.size,
+            probe_tokens=about.rules.probe_tokens,
             sequence=replace(state, e_value=evidence.e_value, accuracy_e_value=accuracy_evidence.e_value),
         )
         if not report.can_grow:

@@ -131,6 +131,7 @@ class GateReport:
     who: str
     answers: str = ""  # how answers are compared; empty if unknown
     model: str = ""  # the one model that it was judged for, on that model's cells only; empty: all models
+    probe_tokens: int | None = None  # tokens charged per probe; None: as recorded
     more: int | None = None  # further questions that would likely decide, if undecided; None if unknown
     sequence: SequenceReport | None = None  # of a sequential judgement
 
