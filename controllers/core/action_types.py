@@ -80,7 +80,7 @@ class Advanced:
     confidence: int | None = None  # of the generated tokens, in per mille; None if unknown (`controllers.signals`)
     lowest: int | None = None  # of the least confident window in them, in per mille; None if unknown
     number: Any = field(default=None, compare=False, repr=False)  # an int if replay has many of it, else None
-    code: bytes = field(default=b"", compare=False, repr=False)  # of the number, as traces store it; else empty
+    code: bytes = field(default=b"", init=False, compare=False, repr=False)  # the number as bytes, or empty
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Probed:
     tokens: int  # cost of the probe: suffix tokens read and answer tokens generated
     confidence: int | None = None  # of the answer's tokens, in per mille; None if unknown (`controllers.signals`)
     number: Any = field(default=None, compare=False, repr=False)  # as in `Advanced`
-    code: bytes = field(default=b"", compare=False, repr=False)
+    code: bytes = field(default=b"", init=False, compare=False, repr=False)
 
     def __init__(
         self, branch: int, label: int | None, tokens: int, confidence: object = None, number: Any = None

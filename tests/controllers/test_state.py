@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from controllers import (
     probe,
     prune,
 )
+from controllers.core.action_types import number_code
 from controllers.limits import branch_limit, free_tokens
 from tests.fakes import episode
 
@@ -167,6 +169,13 @@ def test_legal_rounds_pass_and_change_nothing(actions: list[Action]) -> None:
     before = snapshot(state)
     state.check(actions)
     assert snapshot(state) == before
+
+
+@pytest.mark.parametrize("fact", [Advanced(0, 1, 10, False, number=3), Probed(0, None, 4, number=3)])
+def test_facts_with_a_number_can_be_changed_like_other_dataclasses(fact: Advanced | Probed) -> None:
+    changed = replace(fact, tokens=7, number=None)
+    assert (changed.tokens, changed.number, changed.code) == (7, None, b"")
+    assert fact.code == number_code(3)
 
 
 def test_a_round_that_was_legal_is_checked_again_once_a_branch_of_it_has_left() -> None:
