@@ -195,8 +195,12 @@ class UpstreamError(ApiError):
 
     status = HTTPStatus.BAD_GATEWAY
     type = "upstream_error"
+    default_code: str | None = None  # of errors that are made without one
     is_unanswered = False  # whether the upstream had not begun a response, so that another may get the request
     is_upstream_counted = False  # whether autotts_upstream_requests_total has it
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, param=param, code=code or self.default_code)
 
     @property
     def logged(self) -> str:
@@ -207,6 +211,7 @@ class UpstreamError(ApiError):
 class UpstreamUnreachable(UpstreamError):
     """No connection to the upstream can be made."""
 
+    default_code = "upstream_unreachable"
     is_unanswered = True
 
 
@@ -214,6 +219,7 @@ class UpstreamTimeout(UpstreamError):
     """The upstream sent no data in time."""
 
     status = HTTPStatus.GATEWAY_TIMEOUT
+    default_code = "upstream_timeout"
 
 
 class DeadlinePassed(UpstreamTimeout):
@@ -242,9 +248,13 @@ class UpstreamCircuitOpen(UpstreamError):
 class UpstreamProtocolError(UpstreamError):
     """The upstream's response is invalid: a cut stream, invalid JSON, or usage that does not add up."""
 
+    default_code = "upstream_invalid"
+
 
 class UpstreamDisconnected(UpstreamProtocolError):
     """The upstream broke the connection before its response had ended."""
+
+    default_code = "upstream_disconnected"
 
 
 class UpstreamRefused(UpstreamError):

@@ -195,9 +195,11 @@ def error_codes() -> set[str]:
 
 
 def _values_of_code(node: ast.AST) -> list[ast.expr]:
-    """Return the expressions that `node`, if it is a call, passes as the argument `code`."""
+    """Return the expressions that `node` passes as the argument `code`, or sets as the default code of a class."""
     if isinstance(node, ast.Call):
         return [keyword.value for keyword in node.keywords if keyword.arg == "code"]
+    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "default_code":
+        return [node.value]
     return []
 
 

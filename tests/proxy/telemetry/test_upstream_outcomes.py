@@ -143,6 +143,7 @@ async def test_requests_without_a_connection_are_counted_before_the_models_are_k
             body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
             async with http.post(url + path, json=body) as response:
                 assert response.status == 502
+                assert (await response.json())["error"]["code"] == "upstream_unreachable"
         async with http.post(f"{url}/v1/embeddings", json={"model": f"{MODEL}@1", "input": "x"}) as response:
             assert response.status == 502
         async with http.get(f"{url}/metrics") as response:
