@@ -141,12 +141,14 @@ def autotts(
 @with_flags
 def serve(given: Flags, config: File = None, sets: Sets = None) -> None:
     """Serve requests until interrupted."""
-    settings = gather(config, sets, given).settings
-    from proxy.settings import unknown_variables
+    configured = gather(config, sets, given)
+    settings = configured.settings
+    from proxy.settings import find_file, unknown_variables
+    from proxy.settings.file_warnings import secret_warnings
     from proxy.telemetry.logs import configure_logging
 
     configure_logging(settings, console)
-    for warning in unknown_variables():
+    for warning in (*unknown_variables(), *secret_warnings(configured, find_file(config))):
         logging.getLogger("proxy").warning("%s", warning)
     _run(_serve(settings))
 

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from discovery.commands.console import print_plain, split_names, wide_console
 from discovery.commands.options import DEFAULT_STORE, AnyPlace, AsJson, Benchmarks, Models, Place
-from discovery.data.atomic_files import atomic_write, check_writable_path
+from discovery.data.atomic_files import atomic_write, check_writable_path, readable_warning
 from discovery.data.importers import format_recording_line, read_jsonl, read_release, release_files
 from discovery.data.recordings import Origin, RecordedQuestion, Split, default_split
 from discovery.errors import RecordingsNotFound, StoreDamaged, StoreError
@@ -160,6 +160,8 @@ def verify(place: Place = DEFAULT_STORE, as_json: AsJson = False) -> None:
         console.print(f"{place}: {counts}; {len(checked.bad)} corrupt rows", highlight=False)
         for bad_row in checked.bad:
             console.print(bad_row, style="red", highlight=False, markup=False)
+    if isinstance(place, Path) and (warning := readable_warning(place, "questions and answers")):
+        print_plain(Console(stderr=True), warning, "yellow")
     if checked.bad:
         raise typer.Exit(CORRUPT)
 

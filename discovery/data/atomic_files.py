@@ -71,12 +71,13 @@ def _mode(path: Path) -> int | None:
     return stat.S_IMODE(mode) if stat.S_ISREG(mode) else None
 
 
-def is_readable_by_others(path: Path) -> bool:
-    """Return whether other users may read the file at `path`; False if there is none."""
+def readable_warning(path: Path, content: str) -> str | None:
+    """Return a warning if other users may read the file at `path`, which holds `content`; None if there is none."""
     try:
-        return bool(path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH))
+        is_readable = path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH)
     except OSError:
-        return False
+        return None
+    return f"{path}: other users can read this file, which holds {content}; run `chmod 600`" if is_readable else None
 
 
 def check_writable_path(path: Path, option: str) -> None:

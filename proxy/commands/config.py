@@ -129,13 +129,23 @@ def show(
 
 @configuring.command(cls=SettingsCommand)
 @with_flags
-def check(given: Flags, file: File = None, sets: Sets = None) -> None:
-    """Check whether `autotts serve` could start with these settings. Unknown AUTOTTS_ variables are listed."""
+def check(
+    given: Flags,
+    file: File = None,
+    sets: Sets = None,
+    strict: Annotated[bool, typer.Option("--strict", help="exit with status 1 if there is a warning")] = False,
+) -> None:
+    """Check whether `autotts serve` could start with these settings.
+
+    Warnings are of unknown AUTOTTS_ variables, of files that other users can read, and of a store that cannot be
+    written to.
+    """
     from deploy.embedded import server
     from proxy.admission.auth import check_host
     from proxy.app import create_app
     from proxy.errors import SettingsError
     from proxy.settings import DEFAULT, EMBEDDED_DEFAULT, Settings, find_file, unknown_variables
+    from proxy.settings.file_warnings import secret_warnings, store_warnings
 
     configured = gather(file, sets, given)
     settings = configured.settings
@@ -144,12 +154,15 @@ def check(given: Flags, file: File = None, sets: Sets = None) -> None:
     check_host(settings)
     create_app(settings if settings.upstream else settings.model_copy(update={"upstream": "http://embedded"}))
     console = wide_console()
-    for warning in unknown_variables():
+    read = find_file(file)
+    warnings = [*unknown_variables(), *secret_warnings(configured, read), *store_warnings(settings)]
+    for warning in warnings:
         console.print(warning, style="yellow", markup=False, highlight=False)
     count = sum(source not in (DEFAULT, EMBEDDED_DEFAULT) for source in configured.sources.values())
-    read = find_file(file)
     summary = f"the settings are valid: {count} of {len(Settings.model_fields)} set"
     console.print(summary if read is None else f"{summary}, {read} read", markup=False, highlight=False)
+    if warnings and strict:
+        raise typer.Exit(1)
 
 
 def gather(file: Path | None, sets: list[str] | None, flags: Flags) -> Configured:

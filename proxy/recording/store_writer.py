@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
-from discovery.data.atomic_files import is_readable_by_others
+from discovery.data.atomic_files import readable_warning
 from discovery.errors import StoreError
 from discovery.store import ServedEpisode, Store, StoreItem
 from proxy.errors import RecordsAway
@@ -139,8 +139,8 @@ class StoreWriter:
         shown = place.absolute() if isinstance(place, Path) else place
         logger.info("recording to %s (text: %s)", shown, self._store_text)
         has_text = self._store_text is not StoreText.NONE
-        if isinstance(place, Path) and has_text and is_readable_by_others(place):
-            logger.warning("%s: other users can read the store, which holds request texts; run `chmod 600`", place)
+        if isinstance(place, Path) and has_text and (warning := readable_warning(place, "request texts")):
+            logger.warning("%s", warning)
 
         def report(problem: str) -> None:
             self._report(STORE, problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
@@ -10,7 +11,7 @@ from controllers.builtin import is_admin_only
 from controllers.errors import ControllersError
 from controllers.loading import parse_spec
 from controllers.rollout_state import name_problem
-from discovery.data.atomic_files import DATABASE_FILES
+from discovery.data.atomic_files import DATABASE_FILES, is_database_file
 from discovery.errors import install_hint
 from discovery.store.databases.places import DatabaseUrl
 from proxy.errors import SettingsError
@@ -24,7 +25,7 @@ REPLY_CONTROLLERS: Final = ("tools_controller", "json_controller", "select_contr
 
 def check_all(settings: Settings) -> None:
     """Run every check. Raises SettingsError, which begins with the name of the setting."""
-    for check in (check_controller, check_upstream, check_extras, check_files, check_spill_file):
+    for check in (check_controller, check_upstream, check_extras, check_store, check_files, check_spill_file):
         check(settings)
 
 
@@ -59,6 +60,19 @@ def check_extras(settings: Settings) -> None:
         raise SettingsError(f"limits: the package redis is not installed; {install_hint('redis')}")
     if isinstance(settings.store, DatabaseUrl) and find_spec("asyncpg") is None:
         raise SettingsError(f"store: the package asyncpg is not installed; {install_hint('postgres')}")
+
+
+def check_store(settings: Settings) -> None:
+    """Raise SettingsError if `store` is an existing file of another kind, in which nothing can ever be recorded."""
+    store = settings.store
+    if not isinstance(store, Path):
+        return
+    try:
+        is_other = store.is_dir() or (store.is_file() and os.access(store, os.R_OK) and store.stat().st_size > 0)
+    except OSError:  # it may be readable later
+        return
+    if is_other and not is_database_file(store):
+        raise SettingsError(f"store: {store} exists and is not a store; name a store, or a new file")
 
 
 def check_files(settings: Settings) -> None:

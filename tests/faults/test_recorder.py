@@ -308,10 +308,12 @@ async def test_records_go_into_a_backup_that_was_copied_over_the_store(
 
 async def test_a_file_that_is_not_a_store_is_left_unchanged_and_records_are_spilled(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
-    path.write_text("my diary")
-    async with recording(path) as recorder:
-        assert all(await asyncio.gather(*putting(recorder, "a")))
-        assert recorder.as_json()["store"] == "away"
+    recorder = StoreWriter(load(upstream="http://127.0.0.1:1", store=path), Metrics())
+    path.write_text("my diary")  # after the settings were checked
+    await recorder.open()
+    assert all(await asyncio.gather(*putting(recorder, "a")))
+    assert recorder.as_json()["store"] == "away"
+    await recorder.close()
     assert path.read_text() == "my diary"
     async with recording(tmp_path / "other.db", spill=tmp_path / "s.db.spill"):
         await until(lambda: (tmp_path / "other.db").exists() and stored(tmp_path / "other.db") == {"a"})

@@ -43,6 +43,14 @@ def test_a_file_that_sqlite_cannot_read_is_reported_as_damaged_with_the_way_out(
     assert autotts("store", "verify", "--store", "none.db")[0] == 2
 
 
+def test_a_copy_that_others_can_read_is_warned_of(store: Path) -> None:
+    assert "other users" not in autotts("store", "verify", "--store", "s.db")[1]
+    store.chmod(0o644)
+    status, output = autotts("store", "verify", "--store", "s.db")
+    assert status == 0
+    assert "s.db: other users can read this file, which holds questions and answers; run `chmod 600`\n" in output
+
+
 def test_a_model_that_no_recording_has_is_named_with_those_there_are(store: Path) -> None:
     status, output = autotts("store", "prune", "--models", "a,nosuch", "--benchmarks", "none", "--store", str(store))
     assert (status, output) == (

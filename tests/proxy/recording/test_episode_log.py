@@ -663,5 +663,5 @@ async def test_a_store_with_texts_readable_by_other_users_is_warned_of(
     async with serving(backend, path, store_text=text):
         pass
     assert f"recording to {path} (text: {text})" in caplog.messages
-    assert ("other users can read the store" in caplog.text) == is_warned
+    assert ("other users can read this file, which holds request texts" in caplog.text) == is_warned
     assert path.stat().st_mode & 0o777 == mode
