@@ -343,7 +343,8 @@ class StoreWriter:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._file_thread, work)
         except OSError as error:
-            self._report(FILE, f"{error.filename or 'spill'}: {error.strerror}")
+            problem = f"{error.filename or 'spill'}: {error.strerror}"
+            self._report(FILE, f"{problem}; set AUTOTTS_SPILL to a file elsewhere, or free the disk")
             return None
 
     # Report
