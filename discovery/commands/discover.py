@@ -50,7 +50,7 @@ from discovery.evaluation.replay_jobs import ReplayRules
 from discovery.evaluation.search_split import export_search_split
 from discovery.evaluation.sources import open_source, select_cells
 from discovery.promotion.searched_questions import with_searched
-from discovery.search.cascade import Cascade, CascadePlan
+from discovery.search.cascade import BASELINE, Cascade, CascadePlan
 from discovery.search.explorers import Candidate
 from discovery.search.explorers.catalogue import EXPORT, ExplorerName, ExplorerOptions, make_explorer
 from discovery.search.explorers.tuned import Tuned
@@ -355,7 +355,20 @@ def _write_finalist(run: SearchLoop, finalist: Finalist, out: Path, about: Mappi
     console.print(_leaders(run))
     console.print(f"answer comparison: {about['settings']['answers']}", highlight=False)
     orders = f"{len(finalist.curves[0].points)} β in {finalist.shuffles} new branch orders"
+    if rival := better_baseline(run, finalist):
+        console.print(f"no gain: {rival}", style="yellow", markup=False, highlight=False)
     console.print(f"{file}: AFS {finalist.afs:.2f} at {orders}, sandboxed; the card is beside it", highlight=False)
+
+
+def better_baseline(run: SearchLoop, finalist: Finalist) -> str:
+    """Return which built-in controller scores at least as high as the winner, with the scores; empty if none does."""
+    scores = {one.name: verdict.score for one, verdict in run.pairs if one.explorer == BASELINE}
+    own = next(verdict.score for one, verdict in run.pairs if one.digest == finalist.candidate.digest)
+    known = {name: score for name, score in scores.items() if score is not None}
+    best = max(known, key=known.__getitem__, default=None)
+    if best is None or own is None or known[best] < own:
+        return ""
+    return f"{best} scores {known[best]:.2f} in the table, {finalist.candidate.name} {own:.2f}"
 
 
 def _stem(candidate: Candidate) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -115,11 +115,28 @@ def evaluate(
         scored = evaluation.run(make_engine(engine, workers, address), advance)
     core = {"core": "compiled" if CORE.compiled else "pure Python"}
     areas = afs_by_cell(scored, evaluation.anchors)
-    rows = [score.as_json() | {"afs": areas[score.controller, score.digest].get(score.cell)} | core for score in scored]
+    differences = _differences_as_json(scored)
+    rows = [
+        score.as_json()
+        | {"afs": areas[score.controller, score.digest].get(score.cell)}
+        | core
+        | differences.get((score.controller, score.beta, score.cell.model), {})
+        for score in scored
+    ]
     figures = json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
     output_figures(figures, json_to, lambda: _show(scored, areas))
     if plot is not None:
         draw_frontiers(_panels(scored), plot)
+
+
+def _differences_as_json(scored: Sequence[Score]) -> dict[tuple[str, float, str], dict[str, Any]]:
+    """Return the fields of a score's JSON that compare with the first controller, by controller, β and model."""
+    fields = {}
+    for each in paired_differences(scored):
+        interval = {"points": each.accuracy, "low": each.low, "high": each.high}
+        compared = {"against": each.against, **interval, "questions": each.questions, "tokens": each.tokens}
+        fields[each.controller, each.beta, each.model] = {"difference": compared}
+    return fields
 
 
 def parse_weights(text: str) -> Weights:

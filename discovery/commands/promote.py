@@ -79,7 +79,9 @@ def promote(
         digest = spec.digest
     else:
         digest, after = promote_known(opened, what, stage, share, by, model, report)
-    if force:
+    if after.version == before.version:
+        print_warning(f"nothing changed: {what} is {stage}{_of(model)} already")
+    elif force:
         print_warning(
             f"FORCED: {what} is {stage} regardless of the gate and quarantines; the audit log and the card record this"
         )

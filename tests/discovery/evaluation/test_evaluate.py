@@ -723,6 +723,15 @@ def test_import_evaluate_trace_and_export_work_on_the_command_line(tmp_path: Pat
         (name, beta, benchmark) for benchmark in "bc" for name in ("cmc", "asc@16") for beta in (0, 1)
     ]
     assert not any(math.isnan(row["tokens"]) for row in by_source[0])
+    assert [row.get("difference", {}).get("against") for row in by_source[0]] == [None, None, "cmc", "cmc"] * 2
+    for row, first in zip(by_source[0][2:4], by_source[0][:2], strict=True):
+        compared, other = row["difference"], by_source[0][by_source[0].index(row) + 4]["difference"]
+        assert compared == other  # of the model, over its cells
+        assert compared["low"] <= compared["points"] <= compared["high"]
+        assert (
+            compared["questions"]
+            == sum(each["questions"] for each in by_source[0] if each["beta"] == first["beta"]) / 2
+        )
     shown = ["--max-branches", "16", "--shuffles", "2", "--engine", "process", "--traces", "tr", "--plot", "p.svg"]
     done = autotts("evaluate", "--recordings", "s.db", "--json", "f.json", *shown, folder=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -222,3 +222,7 @@ def test_the_commands_refuse_a_verdict_on_the_search_split(tmp_path: Path) -> No
     assert (done.exit_code, "the gate's verdict is 'undecided'" in done.output) == (2, True)
     done = CliRunner().invoke(app, [*promote, "--force"])
     assert (done.exit_code, "FORCED" in done.output) == (0, True)
+    done = CliRunner().invoke(app, [*promote, "--force"])
+    assert (done.exit_code, "FORCED" in done.output) == (0, False)
+    assert "is shadow already" in done.output
+    assert len(Registry(tmp_path / "registry").audit()) == 1

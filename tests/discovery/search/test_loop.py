@@ -17,7 +17,14 @@ import pytest
 from pydantic import SecretStr
 
 from controllers.advice import advise
-from discovery.commands.discover import CONTEXT, RECORD, VARIED, load_search_split, recording_width_warnings
+from discovery.commands.discover import (
+    CONTEXT,
+    RECORD,
+    VARIED,
+    better_baseline,
+    load_search_split,
+    recording_width_warnings,
+)
 from discovery.data.importers import format_recording_line
 from discovery.data.recordings import (
     Cell,
@@ -251,6 +258,22 @@ def test_a_finished_run_can_be_continued_with_more_rounds(
 def test_a_run_does_not_resume_with_other_settings(straight: SearchLoop) -> None:
     with pytest.raises(HistoryError, match="the run began with seed = 0, not 1"):
         History.resume(straight.history.path, SETTINGS | {"seed": 1})
+
+
+def test_a_winner_that_scores_below_a_built_in_controller_is_said_to(tmp_path: Path, cascade: Cascade) -> None:
+    run = started(tmp_path / RECORD, Given([written(GOOD, "good")]), cascade)
+    run.search(SearchLimits(1))
+    finalist = run.choose_finalist(shuffles=1)
+    scores = {one.name: verdict.score or 0.0 for one, verdict in run.pairs}
+    best = max(BASELINES, key=scores.__getitem__)
+    expected = f"{best} scores {scores[best]:.2f} in the table, good {scores['good']:.2f}"
+    assert better_baseline(run, finalist) == (expected if scores[best] >= scores["good"] else "")
+    low = [(one, replace(verdict, score=1.0 if one.name == "good" else 2.0)) for one, verdict in run.pairs]
+    high = [(one, replace(verdict, score=3.0 if one.name == "good" else 2.0)) for one, verdict in run.pairs]
+    run._pairs = low
+    assert better_baseline(run, finalist) == f"{BASELINES[0]} scores 2.00 in the table, good 1.00"
+    run._pairs = high
+    assert better_baseline(run, finalist) == ""
 
 
 # Stopping conditions
