@@ -23,3 +23,11 @@ class Environment(Protocol):
         Exceptions of the implementation are propagated; the state is then as it was before the round.
         """
         ...
+
+
+class SynchronousEnvironment(Environment, Protocol):
+    """An environment that can also carry out a round at once, which saves a coroutine per round."""
+
+    def carry_out(self, actions: Sequence[Action]) -> Sequence[Fact]:
+        """Carry out one round, as `execute` does."""
+        ...

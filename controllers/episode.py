@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from traceback import walk_tb
 from typing import Any, Protocol, TypeVar
 
-from controllers.actions import Action
-from controllers.environment import Environment
+from controllers.actions import Action, Fact
+from controllers.environment import Environment, SynchronousEnvironment
 from controllers.errors import ControllerError
 from controllers.state import Round, State, Stop
 
@@ -39,7 +39,7 @@ Factory = Callable[[float], Controller]
 
 async def run_episode(
     controller: Controller | RemoteController,
-    environment: Environment,
+    environment: Environment | SynchronousEnvironment,
     state: State,
     on_round: Callable[[State, Round], None] | None = None,
 ) -> State:
@@ -49,6 +49,7 @@ async def run_episode(
     state is then as after the last complete round. The caller may `end` it, or let another controller continue.
     """
     later: Callable[[State], Awaitable[Sequence[Action]]] | None = getattr(controller, "decide_later", None)
+    carry_out: Callable[[Sequence[Action]], Sequence[Fact]] | None = getattr(environment, "carry_out", None)
     while state.stop is None:
         actions = _decide(controller, state) if later is None else await later(state)
         state.check(actions)
@@ -56,7 +57,7 @@ async def run_episode(
         if not actions:
             state.end(Stop.MAX_TOKENS)
             break
-        facts = await environment.execute(actions)
+        facts = await environment.execute(actions) if carry_out is None else carry_out(actions)
         state.apply(actions, facts)
         if on_round is not None and state.last is not None:
             on_round(state, state.last)

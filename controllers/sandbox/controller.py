@@ -12,13 +12,14 @@ from contextlib import ExitStack
 from typing import Any, Final, Generic, TypeVar
 
 from controllers.actions import Action
+from controllers.environment import SynchronousEnvironment
 from controllers.episode import RemoteController
 from controllers.errors import BoundaryViolation
 from controllers.limits import Limits
 from controllers.loading import Spec
 from controllers.sandbox import frames
 from controllers.sandbox.deadline import Clock
-from controllers.sandbox.episode_rounds import EpisodeRounds, EpisodeTurns, SynchronousEnvironment
+from controllers.sandbox.episode_rounds import EpisodeRounds, EpisodeTurns
 from controllers.sandbox.frames import Decision
 from controllers.sandbox.handle import SandboxHandle
 from controllers.sandbox.spawner import spawner

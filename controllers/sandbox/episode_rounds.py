@@ -7,9 +7,10 @@ This module can be compiled (`controllers/core/compiled.py`). `EpisodeRounds` is
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Protocol, Self
+from typing import Self
 
 from controllers.actions import Action, Fact
+from controllers.environment import SynchronousEnvironment
 from controllers.errors import ControllerError
 from controllers.sandbox.frames import Decision, FactCodes, encode_begin, encode_turn, printable
 from controllers.state import Round, State, Stop
@@ -45,14 +46,6 @@ class EpisodeTurns:
             raise ControllerError(printable(decision))
         self._asked = decision
         return decision
-
-
-class SynchronousEnvironment(Protocol):
-    """An environment that can carry out a round at once."""
-
-    def carry_out(self, actions: Sequence[Action]) -> Sequence[Fact]:
-        """Return the facts of a legal round, as `Environment.execute` does."""
-        ...
 
 
 class EpisodeRounds:
