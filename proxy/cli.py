@@ -317,10 +317,12 @@ def base_url(host: str, port: int) -> str:
 
 def welcome(url: str, model: str | None, *, is_embedded: bool, has_keys: bool = False, has_ui: bool = True) -> str:
     """Return the text printed at start: a curl command and a Python snippet that work against this server."""
-    from deploy.embedded.task import held_back
+    from deploy.embedded.task import EXAMPLE
 
     model = model or "MODEL"
-    question = held_back(1)[0].question if is_embedded else "What is 17 * 23? Put the answer in \\boxed{}."
+    question, answer = "What is 17 * 23? Put the answer in \\boxed{}.", "391"
+    if is_embedded:
+        question, answer = EXAMPLE.question, EXAMPLE.answer
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": question}]}, ensure_ascii=False)
     key = "YOUR_KEY" if has_keys else "unused"
     headers = ["content-type: application/json", "x-tts-beta: 0.5", *(["authorization: Bearer YOUR_KEY"] * has_keys)]
@@ -339,6 +341,8 @@ reply = client.chat.completions.create(
     extra_headers={{"x-tts-beta": "0.5"}},
 )
 print(reply.choices[0].message.content, reply.usage.total_tokens)
+
+The right answer is {answer}.
 """
 
 

@@ -45,7 +45,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
-from typing import Literal
+from typing import Final, Literal
 
 MODULUS = 13
 LENGTHS = (4, 16)
@@ -158,6 +158,19 @@ class Chain:
 
     def problem(self) -> Problem:
         return Problem(self.question(), str(self.answer()), len(self.operations))
+
+
+EXAMPLE: Final = Chain(
+    7,
+    (
+        ArithmeticOperation(OperationKind.ADD, 5),
+        ArithmeticOperation(OperationKind.MULTIPLY, 3),
+        ArithmeticOperation(OperationKind.HALVE),
+        ArithmeticOperation(OperationKind.SQUARE),
+        ArithmeticOperation(OperationKind.NEGATE),
+    ),
+).problem()
+"""Problem that people are shown first: short, and one that voting usually solves."""
 
 
 def chains(split: Split, seed: int = 0, lengths: tuple[int, int] = LENGTHS) -> Iterator[Chain]:

@@ -42,18 +42,10 @@ def _tokenizer() -> Any:
 
 
 def test_a_problem_is_worded_as_in_the_readme_and_has_its_answer() -> None:
-    steps = (
-        ArithmeticOperation(OperationKind.ADD, 5),
-        ArithmeticOperation(OperationKind.MULTIPLY, 3),
-        ArithmeticOperation(OperationKind.HALVE),
-        ArithmeticOperation(OperationKind.SQUARE),
-        ArithmeticOperation(OperationKind.NEGATE),
-    )
-    chain = Chain(7, steps)
-    assert chain.question() == (
+    assert task.EXAMPLE.question == (
         "Start with 7. 1) Add 5. 2) Multiply by 3. 3) Halve. 4) Square. 5) Negate. What is the result mod 13?"
     )
-    assert chain.answer() == 1  # 12, 10, 5, 12, 1
+    assert task.EXAMPLE.answer == "1"  # 12, 10, 5, 12, 1
 
 
 def test_halving_undoes_doubling() -> None:

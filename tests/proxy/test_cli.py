@@ -104,6 +104,7 @@ async def test_serve_shows_a_question_that_the_embedded_model_knows_if_the_upstr
         written = await started("--upstream", backend.url)
     assert EMBEDDED_MODEL == SERVED_MODEL_NAME
     assert "What is the result mod 13?" in written
+    assert "The right answer is 1.\n" in written
     assert "17 * 23" not in written
 
 
@@ -147,6 +148,7 @@ def test_a_settings_error_is_reported_before_the_embedded_model_starts() -> None
 
 def test_the_address_of_the_dashboard_is_shown_if_there_is_one() -> None:
     assert "http://h:1/ui" in welcome("http://h:1", "m", is_embedded=False)
+    assert "The right answer is 391.\n" in welcome("http://h:1", "m", is_embedded=False)
     assert "/ui" not in welcome("http://h:1", "m", is_embedded=False, has_ui=False)
 
 

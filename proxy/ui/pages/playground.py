@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from controllers.builtin import ADMIN_ONLY, BUILT_IN
 from controllers.loading import discovered
-from deploy.embedded.task import held_back
+from deploy.embedded.task import EXAMPLE
 from discovery.errors import StoreError
 from proxy.ui.api_calls import call_api
 from proxy.ui.page import Page, PageContext, UiRoute
@@ -53,7 +53,7 @@ async def show(context: PageContext) -> Response:
         champions={model: service.controllers.champion(model).name for model in service.served},
         controllers=names,
         kinds=ANSWER_KINDS,
-        example=held_back(1)[0].question if is_embedded else _EXAMPLE,
+        example=EXAMPLE.question if is_embedded else _EXAMPLE,
         settings=settings,
     )
 
