@@ -34,11 +34,15 @@ def is_failure(status: int) -> bool:
 
 
 def log_change(name: str, was_up: bool | None, is_up: bool, consequence: str) -> None:
-    """Log that an upstream went down, and what follows from it, or that it is up again. `was_up` is None at first."""
+    """Log that an upstream went down, and what follows from it, or that it is up again. `was_up` is None at first.
+
+    `name` may list several upstreams, separated by commas: they are up if one of them is.
+    """
+    several = ", " in name
     if was_up is not False and not is_up:
-        logger.warning("upstream %s is down; %s", name, consequence)
+        logger.warning("%s %s is down; %s", "every upstream of" if several else "upstream", name, consequence)
     elif was_up is False and is_up:
-        logger.warning("upstream %s is up again", name)
+        logger.warning("%s %s is up again", "at least one upstream of" if several else "upstream", name)
 
 
 class HealthCheck:

@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import aiohttp
+import pytest
 
 from proxy.admission import api_keys
 from proxy.server import running
@@ -50,6 +51,33 @@ async def test_a_health_check_is_reused_until_it_is_stale() -> None:
     clock.now += FRESH_S
     assert not await health_monitor.is_ready()
     assert health_check.count == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        (
+            "http://a",
+            ["upstream http://a is down; /ready is 503 until a health check passes", "upstream http://a is up again"],
+        ),
+        (
+            "http://a, http://b",
+            [
+                "every upstream of http://a, http://b is down; /ready is 503 until a health check passes",
+                "at least one upstream of http://a, http://b is up again",
+            ],
+        ),
+    ],
+)
+async def test_the_log_says_whether_one_or_every_upstream_is_down(
+    name: str, lines: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, health_check = Clock(), CountedCheck()
+    health_monitor = HealthMonitor(name, health_check, Metrics(), clock)
+    for health_check.is_well in (True, False, True):
+        await health_monitor.is_ready()
+        clock.now += FRESH_S
+    assert caplog.messages == lines
 
 
 async def test_concurrent_callers_share_a_health_check() -> None:
