@@ -8,7 +8,7 @@ evaluations use, agree with the means of live traffic. The first two are exact; 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, NamedTuple
@@ -42,6 +42,7 @@ from discovery.audit.served_episodes import limits_of
 from discovery.data.recordings import LabelSource, Origin, RecordedQuestion, Recording, intern_answers
 from discovery.errors import BranchCensored
 from discovery.evaluation.paired_statistics import bootstrap_bounds, wilson_interval
+from discovery.evaluation.reference_answers import is_judged_wrong
 from discovery.evaluation.replay import ReplayEnvironment, branch_order
 from discovery.evaluation.scores import BLOCK, BOTH_SIDES, RESAMPLES, SEED
 from discovery.store import ServedEpisode, Store
@@ -68,6 +69,7 @@ class ServedRecords:
     episodes: Sequence[ServedEpisode]
     recordings: Mapping[str, RecordedQuestion]  # complete live recordings, by request
     references: Mapping[str, KnownAnswer]  # by question: the surest answer of each
+    judged_wrong: Set[str] = frozenset()  # requests whose latest feedback says that the answer is wrong
 
 
 async def load_records(store: Store) -> ServedRecords:
@@ -84,7 +86,9 @@ async def load_records(store: Store) -> ServedRecords:
                 references[recorded.question] = KnownAnswer(recorded.reference, recorded.label_source)
             if recorded.origin is Origin.LIVE and recorded.request and recorded.complete:
                 recordings.setdefault(recorded.request, recorded)
-    return ServedRecords(await store.episodes(), recordings, references)
+    latest = {feedback.request_id: feedback for feedback in await store.feedback()}
+    judged_wrong = {request for request, feedback in latest.items() if is_judged_wrong(feedback)}
+    return ServedRecords(await store.episodes(), recordings, references, judged_wrong)
 
 
 def check_parity(served: ServedRecords, given: Sequence[Spec] = (), shuffles: int = 20) -> ParityReport:
@@ -101,7 +105,7 @@ def check_parity(served: ServedRecords, given: Sequence[Spec] = (), shuffles: in
         pairs = [
             pair for episode in served.episodes if (pair := _pair(episode, served, controllers, truth)) is not None
         ]
-        groups = list(_groups(served.episodes, pairs, truth, shuffles))
+        groups = list(_groups(served, pairs, truth, shuffles))
     return ParityReport(decisions, _reproduced(pairs), groups)
 
 
@@ -230,17 +234,15 @@ def _group_key(episode: ServedEpisode) -> _GroupKey:
     return controller_key(episode), episode.beta, episode.model
 
 
-def _groups(
-    episodes: Sequence[ServedEpisode], pairs: Sequence[_Pair], truth: _Truth, shuffles: int
-) -> Iterable[ParityGroup]:
+def _groups(served: ServedRecords, pairs: Sequence[_Pair], truth: _Truth, shuffles: int) -> Iterable[ParityGroup]:
     """Yield a group for each controller, β and model with recordings."""
     for key in sorted({_group_key(pair.episode) for pair in pairs}):
-        served = [episode for episode in episodes if _group_key(episode) == key]
-        yield _group(served, [pair for pair in pairs if _group_key(pair.episode) == key], truth, shuffles)
+        of_group = replace(served, episodes=[episode for episode in served.episodes if _group_key(episode) == key])
+        yield _group(of_group, [pair for pair in pairs if _group_key(pair.episode) == key], truth, shuffles)
 
 
-def _group(served: Sequence[ServedEpisode], pairs: Sequence[_Pair], truth: _Truth, shuffles: int) -> ParityGroup:
-    live = [episode for episode in served if _left_out(episode) is None]
+def _group(served: ServedRecords, pairs: Sequence[_Pair], truth: _Truth, shuffles: int) -> ParityGroup:
+    live = [episode for episode in served.episodes if _left_out(episode) is None]
     spec, beta = pairs[0].spec, pairs[0].episode.beta
     orders = [(pair, branch_order(pair.recording, seed)) for pair in pairs for seed in range(shuffles)]
     widest = Limits(1, max(pair.replay_limits.max_branches for pair in pairs))
@@ -255,7 +257,14 @@ def _group(served: Sequence[ServedEpisode], pairs: Sequence[_Pair], truth: _Trut
             for pair, played in zip(pairs, by_pair, strict=True)
         ],
     )
-    known = [episode for episode in live if truth.source(episode.question) is not None]
+    unanswered = [
+        episode
+        for episode in live
+        if episode.request_id in served.judged_wrong and episode.question and truth.source(episode.question) is None
+    ]
+    # Without these episodes, the questions labelled by feedback and votes are mainly those that were answered right.
+    sources = (LabelSource.REFERENCE,) if unanswered else tuple(LabelSource)
+    known = [episode for episode in live if truth.source(episode.question) in sources]
     rows = [
         _Row(
             _question(pair.episode),
@@ -263,7 +272,7 @@ def _group(served: Sequence[ServedEpisode], pairs: Sequence[_Pair], truth: _Trut
             [100 * (replay.answer in pair.right) for replay in played],
         )
         for pair, played in zip(pairs, by_pair, strict=True)
-        if pair.right is not None
+        if pair.right is not None and truth.source(pair.recording.question) in sources
     ]
     right = [(_question(episode), 100 * truth.is_right(episode.question, episode.recorded_answer)) for episode in known]
     exhausted = [
@@ -279,7 +288,8 @@ def _group(served: Sequence[ServedEpisode], pairs: Sequence[_Pair], truth: _Trut
         episodes=len(live),
         recorded=len(pairs),
         stops=_counted(episode.stop for episode in live),
-        left_out=_counted(why for episode in served if (why := _left_out(episode)) is not None),
+        left_out=_counted(why for episode in served.episodes if (why := _left_out(episode)) is not None),
+        judged_wrong=len(unanswered),
         labels=_counted(str(truth.source(episode.question)) for episode in known),
         finalise=_average(episode.ledger.get("finalise", 0) for episode in live),
         aborted=_average(episode.ledger.get("aborted", 0) for episode in live),

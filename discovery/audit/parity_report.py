@@ -91,12 +91,13 @@ class ParityGroup:
     recorded: int  # of them, those that were recorded
     stops: Mapping[str, int]  # how they ended
     left_out: Mapping[str, int]  # other live episodes, by reason
-    labels: Mapping[str, int]  # live episodes with a reference answer, by its source
+    judged_wrong: int  # live episodes that clients judged wrong and whose right answer is unknown
+    labels: Mapping[str, int]  # live episodes that accuracy counts, by the source of the right answer
     finalise: float  # mean tokens per live episode for closing its reply, which replay does not count
     aborted: float  # mean tokens per live episode in aborted requests, which replay does not count
     exhausted: float  # share of replays that opened all recorded branches although live allowed more
     tokens: LiveReplayComparison
-    accuracy: LiveReplayComparison | None  # percent; None if no recorded question has a reference answer
+    accuracy: LiveReplayComparison | None  # percent; None without right answers. If `judged_wrong`, of references alone
 
     @property
     def verdict(self) -> ParityVerdict:

@@ -27,6 +27,7 @@ from discovery.audit.parity_report import (
 from discovery.commands.console import add_plain_row, print_plain, split_names, wide_console
 from discovery.commands.options import DEFAULT_STORE, JsonTarget, Place, check_json_target, output_figures
 from discovery.commands.store import with_store
+from discovery.data.recordings import LabelSource
 from discovery.errors import RecordingsNotFound
 from discovery.evaluation.plot import PlotInterval, PlotRows, check_plot, draw_intervals
 from discovery.store import StorePlace
@@ -152,7 +153,7 @@ def _means(groups: Sequence[ParityGroup]) -> Table:
         for name, figure, format_spec in figures:
             about = group.controller, f"{group.beta:g}", group.model, name
             if figure is None:
-                add_plain_row(table, *about, "", "", "", "", "no correct answers known")
+                add_plain_row(table, *about, "", "", "", "", _why_no_accuracy(group))
                 continue
             live, replayed, paired, verdict = figure.live, figure.replayed, figure.paired, figure.verdict
             spans = _span(live, format_spec), _span(replayed, format_spec), _span(paired, f"+{format_spec}")
@@ -160,6 +161,12 @@ def _means(groups: Sequence[ParityGroup]) -> Table:
                 table, *about, *spans, f"{live.questions} / {paired.questions}", str(verdict), style=COLOUR[verdict]
             )
     return table
+
+
+def _why_no_accuracy(group: ParityGroup) -> str:
+    if group.judged_wrong:
+        return f"{group.judged_wrong:,} episodes judged wrong have no right answer"
+    return "no correct answers known"
 
 
 def _remarks(group: ParityGroup) -> list[str]:
@@ -170,6 +177,16 @@ def _remarks(group: ParityGroup) -> list[str]:
     ]
     if group.labels:
         remarks.append(f"correct answers from {_counts(group.labels)}")
+    if group.judged_wrong:
+        remarks.append(
+            f"{group.judged_wrong:,} episodes judged wrong have no right answer; the questions labelled by feedback or "
+            "votes are therefore chosen by their outcome, and accuracy leaves them out. Send the right answer as "
+            'feedback ("answer"), or give references to `autotts label`'
+        )
+    elif LabelSource.FEEDBACK in group.labels:
+        remarks.append("accuracy is biased if clients judge right answers more often than wrong ones, or the reverse")
+    elif group.accuracy is None:
+        remarks.append("`autotts label` sets correct answers from references, feedback and votes; run it first")
     if group.left_out:
         remarks.append(f"episodes left out: {_counts(group.left_out)}")
     if group.exhausted:

@@ -140,11 +140,26 @@ def interpret_feedback(episode: ServedEpisode | None, feedback: Feedback) -> Ans
     answer, weight = episode.about.get("reply_class", episode.recorded_answer), 0.0
     if feedback.kind == "answer" and isinstance(value, str):
         answer, weight = value, 1.0
-    elif feedback.kind == "correct" and isinstance(value, bool):
-        weight = 1.0 if value else -1.0
-    elif feedback.kind == "score" and isinstance(value, (int, float)) and 0 <= value <= 1:
-        weight = float(value) if value >= SATISFIED_SCORE else value - 1.0
+    else:
+        weight = _rating(feedback.kind, value)
     return None if answer is None or not weight else AnswerFeedback(episode.question, answer, weight, episode.tenant)
+
+
+def is_judged_wrong(feedback: Feedback) -> bool:
+    """Return whether feedback says that the served answer, or a reply without one, is wrong."""
+    try:
+        return _rating(feedback.kind, parse_json(feedback.value)) < 0
+    except ValueError:
+        return False
+
+
+def _rating(kind: str, value: object) -> float:
+    """Return the weight of `correct` or `score` for the served answer; 0 if it is neither or invalid."""
+    if kind == "correct" and isinstance(value, bool):
+        return 1.0 if value else -1.0
+    if kind == "score" and isinstance(value, (int, float)) and 0 <= value <= 1:
+        return float(value) if value >= SATISFIED_SCORE else value - 1.0
+    return 0.0
 
 
 async def _finals(store: Store) -> dict[str, list[list[str | None]]]:

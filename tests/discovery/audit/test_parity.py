@@ -24,7 +24,7 @@ from discovery.audit.parity import KnownAnswer, ServedRecords, _mean, _paired, _
 from discovery.audit.parity_report import LiveReplayComparison, MeanInterval, ParityVerdict
 from discovery.data.packed_rounds import pack_rounds, unpack_rounds
 from discovery.data.recordings import LabelSource, RecordedBranch, RecordedQuestion
-from discovery.store import Label, ServedEpisode, Store
+from discovery.store import Feedback, Label, ServedEpisode, Store
 from tests.discovery.audit.served import live, serve, write
 from tests.discovery.evaluation.test_evaluate import autotts, question
 
@@ -424,6 +424,41 @@ def test_without_correct_answers_only_tokens_are_compared() -> None:
     )
 
 
+JUDGED_WRONG = frozenset({"r0", "r3", "r6", "r9", "r12"})
+
+
+def judged(records: ServedRecords, source: LabelSource = LabelSource.FEEDBACK) -> ServedRecords:
+    """Return the records as feedback of true or false labels them: only questions judged right have a label."""
+    wrong = {one.question for one in records.episodes if one.request_id in JUDGED_WRONG}
+    labels = {key: label._replace(source=source) for key, label in records.references.items() if key not in wrong}
+    return replace(records, references=labels, judged_wrong=JUDGED_WRONG)
+
+
+@pytest.mark.parametrize("source", [LabelSource.FEEDBACK, LabelSource.CONSENSUS])
+def test_accuracy_is_not_compared_over_questions_that_feedback_chose_by_their_outcome(source: LabelSource) -> None:
+    (group,) = check_parity(judged(consistent(), source)).groups
+    assert (group.accuracy, group.judged_wrong, group.labels) == (None, 5, {})
+    assert group.tokens.verdict is ParityVerdict.AGREE
+    assert group.verdict is ParityVerdict.TOO_LITTLE
+
+
+def test_beside_answers_judged_wrong_accuracy_counts_only_questions_with_a_reference() -> None:
+    records = changed(consistent(), 0, answer="8")
+    by_feedback = judged(records)
+    (group,) = check_parity(replace(by_feedback, references={**by_feedback.references, **known(QUESTIONS[:4])})).groups
+    assert (group.judged_wrong, group.labels) == (3, {"reference": 4})
+    assert group.accuracy is not None
+    assert (group.accuracy.live.mean, group.accuracy.live.questions, group.accuracy.paired.questions) == (75, 4, 4)
+
+
+def test_answers_judged_wrong_whose_right_answer_is_known_count_as_wrong() -> None:
+    records = changed(consistent(), 0, answer="8")
+    corrected = {key: label._replace(source=LabelSource.FEEDBACK) for key, label in records.references.items()}
+    (group,) = check_parity(replace(judged(records), references=corrected)).groups
+    assert (group.judged_wrong, group.labels) == (0, {"feedback": 14})
+    assert group.accuracy == check_parity(records).groups[0].accuracy
+
+
 def test_replays_that_exhaust_their_recording_are_counted() -> None:
     narrow = [question(number, branches=4) for number in range(12)]
     records = consistent(Spec("asc@4"), 0.5, narrow)
@@ -472,6 +507,31 @@ def test_labels_of_the_store_grade_questions_without_a_reference(tmp_path: Path,
     assert group.accuracy.live.mean == pytest.approx(100 * (sum(right[:13]) + last) / 14)
     assert group.accuracy.replayed.questions == 12
     assert not report.reproduced.differing
+
+
+@pytest.mark.process
+def test_the_parity_command_says_why_boolean_feedback_gives_no_accuracy(tmp_path: Path) -> None:
+    unknown = consistent(questions=[replace(one, reference=None) for one in QUESTIONS])
+    write(tmp_path / "s.db", unknown.episodes, list(unknown.recordings.values()))
+    done = autotts("parity", "--store", "s.db", folder=tmp_path)
+    assert "no correct answers known" in done.stdout
+    assert "`autotts label` sets correct answers" in " ".join(done.stdout.split())
+
+    async def judge() -> None:
+        async with Store.open(tmp_path / "s.db") as store:
+            await store.add_all(
+                [
+                    Feedback(one.id, one.request_id, "correct", json.dumps(one.request_id not in JUDGED_WRONG))
+                    for one in unknown.episodes
+                ]
+            )
+
+    asyncio.run(judge())
+    assert autotts("label", "--store", "s.db", "--min-margin", "1", folder=tmp_path).returncode == 0
+    done = autotts("parity", "--store", "s.db", "--json", "f.json", folder=tmp_path)
+    (group,) = json.loads((tmp_path / "f.json").read_text())["means"]
+    assert (done.returncode, group["accuracy"], group["judged_wrong"]) == (0, None, 5)
+    assert "5 episodes judged wrong have no right answer" in " ".join(done.stdout.split())
 
 
 def _veiled(recorded: RecordedQuestion) -> RecordedQuestion:
