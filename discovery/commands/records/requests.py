@@ -28,6 +28,10 @@ HEADINGS = (
     "feedback",
 )
 RIGHT = ("β", "branches", "tokens")
+UNBROKEN = ("ended (UTC)", "request", "key", "controller")
+"""Columns whose cells keep to one line, so that users can search the list. Narrow terminals keep only the ids whole."""
+UNBROKEN_WIDTH = 160
+"""Minimum width of a terminal that has room for them."""
 
 SHOWN_CHARS = 8
 """Characters of a tenant's hash that the table shows."""
@@ -75,12 +79,15 @@ def list_requests(
         *(["client's id"] if not any(row["client_request_id"] for row in rows) else []),
         *(["key"] if not any(row["tenant"] for row in rows) else []),
     }
+    console = wide_console()
+    unbroken = UNBROKEN if console.width >= UNBROKEN_WIDTH else ("request",)
     table = Table(title=str(place), title_justify="left")
     for heading in HEADINGS:
-        is_id = heading == "request"  # users copy it
         if heading not in left_out:
             right = heading in RIGHT
-            table.add_column(heading, justify="right" if right else "left", overflow="fold", no_wrap=is_id)
+            table.add_column(
+                heading, justify="right" if right else "left", overflow="fold", no_wrap=heading in unbroken
+            )
     for row in rows:
         feedback = ", ".join(f"{kind} {value}" for kind, value in row["feedback"].items())
         key = f"#{row['tenant'][:SHOWN_CHARS]}" if row["tenant"] else ""
@@ -88,7 +95,6 @@ def list_requests(
         about = (f"{row['beta']:g}", row["stop"], str(row["branches"]), f"{row['tokens']:,}", feedback)
         cells = zip(HEADINGS, (row["created"][:19], *names, *about), strict=True)
         add_plain_row(table, *(cell for heading, cell in cells if heading not in left_out))
-    console = wide_console()
     console.print(table)
     if not rows:
         console.print("no requests", highlight=False)
