@@ -14,6 +14,7 @@ from controllers.voting import agreement, lead_probability, tally
 from discovery.answers import is_redacted
 from discovery.answers.redaction import MARK
 from discovery.audit.served_episodes import baseline_of, controller_rounds, replay_states, stop_of
+from discovery.audit.vote_margin import describe_decision, describe_margin, describe_width, format_branch_count
 from discovery.data.traces import finished_confidences, running_confidences
 from discovery.store.records import ServedEpisode
 
@@ -235,11 +236,6 @@ def _votes(state: State) -> tuple[Mapping[int, int], str]:
     return votes, format_branch_count(probed, "probed")
 
 
-def format_branch_count(count: int, which: str) -> str:
-    """Return a number of branches in words, such as `5 finished branches`."""
-    return f"{count} {which} branch" + ("" if count == 1 else "es")
-
-
 def _pruned(state: State, index: int, before: Mapping[int, _Standing], name: LabelName) -> PrunedBranch:
     """Describe branch `index`, which was pruned in the round that led to `state`, by its standing before."""
     standing = before.get(index, _Standing(False, None, None, {}, ""))
@@ -280,11 +276,7 @@ def _why(episode: ServedEpisode, stop: Stop | None, state: State, answer: str | 
     best = "no answer had been given" if answer is None else f"the best answer so far was {answer}{margin}"
     if stop is Stop.ANSWERED:
         decider = "The controller" if fallback is None and escalated_at is None else "The baseline"
-        text = (
-            f"{decider} ended it without an answer{margin}"
-            if answer is None
-            else f"{decider} answered {answer}{margin}"
-        )
+        text = describe_decision(decider, answer, margin) + describe_width(state.width, state.limits.max_branches)
     elif (refused := about.get("refused")) is not None:
         text = f"{_REFUSED.get(refused, f'A round was refused ({refused})')}; {best}"
     elif stop is Stop.MAX_TOKENS:
@@ -296,6 +288,8 @@ def _why(episode: ServedEpisode, stop: Stop | None, state: State, answer: str | 
         text = "The first branch to finish gave no answer that could be voted on"
     else:
         text = _OUTSIDE.get(episode.stop, f"It ended ({episode.stop})") + ("" if stop is None else f"; {best}")
+        if episode.branches > state.width:
+            text += f"; round {state.rounds + 1} was not finished"
     if fallback is not None:
         text += f"; the baseline, {baseline_of(episode)}, had decided from round {own} on ({fallback})"
     if escalated_at is not None:
@@ -326,9 +320,7 @@ def _margin(state: State, name: LabelName) -> str:
         return ""
     if state.answer is None:
         return f" ({of} gave none)" if not votes else ""
-    others = [ballot for ballot in _ballots(votes, name, {}) if ballot["label"] != state.answer]
-    behind = f"next {others[0]['answer']} with {others[0]['count']}" if others else "no other was given"
-    return f" ({votes.get(state.answer, 0)} of {of}; {behind})"
+    return describe_margin(name(state.answer), [(name(label), count) for label, count in votes.items()], of)
 
 
 # Estimated cost of self-consistency

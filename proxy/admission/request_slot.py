@@ -175,7 +175,7 @@ class RequestSlots:
         """Return a slot for an episode. `max_tokens` is the request's own limit. Raises TooMany or LimitsAway."""
         caller: Caller = request.state.caller
         limit = request_limit(max_tokens, caller.key, caller.caps, self._common)
-        return await self._acquire_episode(request, caller, EpisodeCaps(self._branches(caller), *limit))
+        return await self._acquire_episode(request, caller, EpisodeCaps(self.branch_cap(caller), *limit))
 
     async def acquire_episodes(self, request: Request, max_tokens: int | None, count: int) -> Sequence[RequestSlot]:
         """Return slots for `count` episodes of one request, which share its limit evenly.
@@ -185,7 +185,7 @@ class RequestSlots:
         caller: Caller = request.state.caller
         tokens, source = request_limit(max_tokens, caller.key, caller.caps, self._common)
         share = None if tokens is None else max(1, tokens // count)
-        caps = EpisodeCaps(self._branches(caller), share, f"the share of each of {count} prompts in {source}")
+        caps = EpisodeCaps(self.branch_cap(caller), share, f"the share of each of {count} prompts in {source}")
         return [await self._acquire_episode(request, caller, caps) for _ in range(count)]
 
     def token_bound(self, request: Request, parsed: GenerationRequest, model: Model) -> TokenBound:
@@ -206,7 +206,7 @@ class RequestSlots:
             self._metrics.child(self._metrics.tokens, model, "", "", kind).inc(tokens)
 
         bound = GENERATES_NOTHING if bound is None else bound
-        caps = EpisodeCaps(self._branches(caller), bound.max_tokens)
+        caps = EpisodeCaps(self.branch_cap(caller), bound.max_tokens)
         return await self._acquire(
             request,
             "passed",
@@ -231,7 +231,8 @@ class RequestSlots:
             source,
         )
 
-    def _branches(self, caller: Caller) -> int:
+    def branch_cap(self, caller: Caller) -> int:
+        """Return how many branches a request of the caller may open."""
         own = caller.caps.branches
         return self._max_branches if own is None else min(own, self._max_branches)
 

@@ -21,9 +21,9 @@ from discovery.audit.explain import (
     PrunedBranch,
     RoundSummary,
     explain,
-    format_branch_count,
     summarise_round,
 )
+from discovery.audit.vote_margin import describe_agreement, format_branch_count
 from discovery.commands.console import add_plain_row, print_plain, wide_console
 from discovery.commands.options import DEFAULT_STORE, AsJson, Place
 from discovery.commands.store import with_store
@@ -148,16 +148,15 @@ def _show_served(episode: ServedEpisode, as_json: bool) -> None:
         return
     console = wide_console()
     print_plain(console, _heading(explanation))
-    console.print(_rounds("rounds", explanation["rounds"]))
+    if explanation["rounds"]:
+        console.print(_rounds("rounds", explanation["rounds"]))
     if any(item["votes"] or item["leaning"] for item in explanation["rounds"]):
         console.print(_vote_course(explanation["rounds"], console.width))
     if explanation["pruned"]:
         console.print(_pruned_table(explanation["pruned"]))
     print_plain(console, _bill(explanation))
-    share, confidence = explanation["agreement"], explanation["confidence"]
-    if share is not None and confidence is not None:
-        flagged = " It was flagged." if explanation["flagged"] else ""
-        print_plain(console, f"The answer had agreement {share:.2f} and confidence {confidence:.2f}.{flagged}")
+    if sentence := describe_agreement(explanation["agreement"], explanation["confidence"]):
+        print_plain(console, sentence + (" It was flagged." if explanation["flagged"] else ""))
     if explanation["estimates"]:
         print_plain(console, _estimates(explanation["estimates"]))
     print_plain(console, explanation["why"], style="bold")

@@ -6,23 +6,25 @@ from collections import defaultdict
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
+from pydantic import ValidationError
 from starlette.responses import Response
 
 from controllers.builtin import ADMIN_ONLY, BUILT_IN
 from controllers.loading import discovered
 from deploy.embedded.task import EXAMPLE
 from discovery.errors import StoreError
+from proxy.errors import BadRequest
 from proxy.ui.api_calls import call_api
 from proxy.ui.page import Page, PageContext, UiRoute
-from proxy.ui.sentences import SELECTORS, STOPS, TOKEN_KINDS
+from proxy.ui.sentences import TOKEN_KINDS, EndedEpisode, describe_end
 
 ANSWER_KINDS: Final = (
     ("auto", "auto: whatever it is"),
     ("boxed", "boxed: the last \\boxed{}"),
     ("number", "number"),
     ("choice", "choice: a letter from A to J"),
-    ("text:words", "text: compared by its words"),
-    ("code:lines", "code: compared by its lines"),
+    ("text:words", "text:words: text compared by its words"),
+    ("code:lines", "code:lines: code compared by its lines"),
     ("select", "select: the model chooses a reply"),
     ("synthesise", "synthesise: the model writes one from several"),
 )
@@ -40,9 +42,7 @@ async def show(context: PageContext) -> Response:
     is_embedded = "autotts-tiny" in service.served
     names = sorted({*BUILT_IN, *discovered()} - ADMIN_ONLY)
     settings: dict[str, Any] = {
-        "stops": dict(STOPS),
         "kinds": dict(TOKEN_KINDS),
-        "selectors": dict(SELECTORS),
         "needsKey": service.authenticator.keyring is not None,
         "costs": dict(models),
         "isRecorded": service.episode_log.writer.is_on,
@@ -61,6 +61,17 @@ async def show(context: PageContext) -> Response:
 async def ask(context: PageContext) -> Response:
     """Pass the page's request on to the public endpoint, and stream what a client would get."""
     return await call_api(context, "POST", _COMPLETIONS)
+
+
+async def explain_end(context: PageContext) -> Response:
+    """Return the sentences on an episode that ended, from what the page knows of it. Nothing has to be stored."""
+    form = await context.form()
+    try:
+        episode = EndedEpisode.model_validate_json(form.get("episode", ""))
+    except ValidationError:
+        raise BadRequest("episode: send the fields of an ended episode as JSON", param="episode") from None
+    most = context.service.request_slots.branch_cap(context.viewer.caller)
+    return context.json({"why": describe_end(episode, most)})
 
 
 async def _costs(context: PageContext, model: str) -> dict[str, Any] | None:
@@ -89,6 +100,10 @@ async def _costs(context: PageContext, model: str) -> dict[str, Any] | None:
 PAGE: Final = Page(
     "playground",
     "Playground",
-    (UiRoute("/ui/playground", show), UiRoute("/ui/data/playground", ask, method="POST")),
+    (
+        UiRoute("/ui/playground", show),
+        UiRoute("/ui/data/playground", ask, method="POST"),
+        UiRoute("/ui/data/playground/end", explain_end, method="POST"),
+    ),
     href="/ui/playground",
 )

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from controllers.errors import ControllersError
 from discovery.audit.explain import display_answer, explain, label_names
+from discovery.audit.vote_margin import describe_agreement
 from discovery.audit.what_if import what_if
 from discovery.errors import DiscoveryError, StoreError, TraceError
 from discovery.store import ServedEpisode, StorePlace
@@ -185,6 +186,7 @@ def _details(episode: ServedEpisode) -> dict[str, Any]:
         "picture": draw(episode, label_names(explanation["answers"])),
         "created": datetime.fromisoformat(episode.created),
         "seconds": episode.about.get("seconds"),
+        "confidence": describe_agreement(explanation["agreement"], explanation["confidence"]),
         "estimate": _estimate(explanation),
     }
 

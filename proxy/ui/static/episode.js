@@ -22,6 +22,10 @@
       for (const element of [branches, votes, facts]) element.replaceChildren();
     }
 
+    get finished() {
+      return this.rows.filter((row) => row.fate === "finished").length;
+    }
+
     colour(answer) {
       if (answer === null || answer === undefined) return "";
       if (!this.colours.has(answer)) this.colours.set(answer, `a${this.colours.size % COLOURS}`);

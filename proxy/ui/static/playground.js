@@ -76,24 +76,35 @@
     row.append(name, make("td", "", meaning), make("td", "number", number.format(tokens)));
     byId("bill").append(row);
   };
-  const finish = (tts, id, content, thought) => {
+  // The server has the words, which are those of `autotts trace show`.
+  const explain = async (tts, finished) => {
+    const { controller, beta, rounds, branches, stop, answer, votes, agreement, confidence, selected_by, fallback, escalated_beta } = tts;
+    const known = { controller, beta, rounds, branches, finished, stop, answer, votes, agreement, confidence, selected_by, fallback, escalated_beta };
+    try {
+      const response = await fetch("/ui/data/playground/end", {
+        method: "POST",
+        headers: { "x-csrf-token": csrf() },
+        body: new URLSearchParams({ episode: JSON.stringify(known) }),
+      });
+      const said = await response.json();
+      byId("why").textContent = response.ok ? said.why : said.error.message;
+    } catch (error) {
+      byId("why").textContent = `It stopped: ${stop}. The proxy could not be asked why: ${error.message}`;
+    }
+  };
+  const finish = (tts, id, content, thought, episode) => {
     byId("status").textContent = "Done.";
     byId("result").hidden = false;
     byId("answer").textContent = content || "(no text)";
     byId("thought").textContent = thought;
     byId("thought-box").hidden = !thought;
     byId("bill").replaceChildren();
+    byId("why").textContent = "";
     if (!tts || !tts.applied) {
       byId("why").textContent = `No controller served this request (${tts?.reason ?? "no reason given"}); it was passed through.`;
       return;
     }
-    const votes = Object.values(tts.votes || {}).reduce((sum, count) => sum + count, 0);
-    const own = (tts.votes || {})[tts.answer];
-    const support = own ? ` ${tts.answer} has ${own} of ${votes} votes.` : "";
-    const chosen = tts.selected_by ? ` ${settings.selectors[tts.selected_by] ?? tts.selected_by}.` : "";
-    const unsure = tts.fallback ? ` The baseline took over (${tts.fallback}).` : "";
-    byId("why").textContent =
-      `${tts.controller} at β ${tts.beta} stopped after ${tts.rounds} rounds because ${settings.stops[tts.stop] ?? tts.stop}.${support}${chosen}${unsure}`;
+    void explain(tts, episode.finished);
     const { total, ...spent } = tts.tokens;
     for (const [kind, tokens] of Object.entries(spent)) if (tokens) addToBill(kind, settings.kinds[kind] ?? "", tokens);
     addToBill("total", "everything above", total);
@@ -138,7 +149,7 @@
       }
     }
     if (!isDone) throw new Error("the stream ended early; the log of the proxy has the reason");
-    finish(tts, id, content, thought);
+    finish(tts, id, content, thought, episode);
   };
 
   byId("ask").addEventListener("submit", async (event) => {

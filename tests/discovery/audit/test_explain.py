@@ -32,6 +32,7 @@ CHAINS = [
     RecordedBranch(["7"], 190, "7", [3]),
 ]
 RECORDED = RecordedQuestion(question_id("q"), "m", "b", 100, CHAINS, "7")
+ALL_USED = "; all 5 branches that it could open were used"
 MINE = Spec("mine", "class Mine: ...")
 
 
@@ -60,7 +61,7 @@ def test_each_round_is_summarised_with_its_actions_votes_and_tokens() -> None:
     ]
     assert (third["advanced"], third["pruned"], third["running"]) == ([0], [1, 3], 1)
     assert (last["answered"], last["votes"]) == (["7"], [{"label": 0, "answer": "7", "count": 2}])
-    assert explanation["why"] == "The controller answered 7 (2 of 2 finished branches; no other was given)."
+    assert explanation["why"] == f"The controller answered 7 (2 of 2 finished branches; no other was given){ALL_USED}."
     assert (explanation["agreement"], explanation["confidence"]) == (1.0, 7 / 8)
     assert explanation["tokens"] == sum(explanation["ledger"].values()) == 699 + 7
 
@@ -110,7 +111,10 @@ def test_while_no_branch_has_finished_probed_branches_are_counted() -> None:
         "its latest answer was 9, given by 1 of 3 probed branches; 7 led with 2",
         "its latest answer was 7, which led with 2 of 3 probed branches",
     ]
-    assert explanation["why"] == "The controller answered 7 (1 of 1 probed branch; no other was given)."
+    assert explanation["why"] == (
+        "The controller answered 7 (1 of 1 probed branch; no other was given); "
+        "all 4 branches that it could open were used."
+    )
     assert (explanation["agreement"], explanation["confidence"]) == (1.0, 3 / 4)
     assert explanation["estimates"] is None
 
@@ -165,7 +169,7 @@ def test_an_answer_of_the_baseline_is_attributed_to_the_baseline() -> None:
     about = GIVEN_UP.about | {"fallback": "raised", "decided": 0}
     explanation = explain(replace(GIVEN_UP, about=about))
     assert explanation["why"] == (
-        "The baseline answered 7 (2 of 2 finished branches; no other was given); "
+        f"The baseline answered 7 (2 of 2 finished branches; no other was given){ALL_USED}; "
         "the baseline, short_m_at_k, had decided from round 0 on (raised)."
     )
 
@@ -182,6 +186,24 @@ def test_an_episode_without_rounds_is_explained_by_its_stop_alone() -> None:
     assert (explanation["rounds"], explanation["pruned"], explanation["estimates"]) == ([], [], None)
     assert explanation["why"] == "The deadline passed; no answer had been given."
     assert explain(replace(bare, stop="answered", answer="7"))["why"] == "The controller answered 7."
+
+
+def test_a_tie_and_used_up_branches_are_said() -> None:
+    tied = [CHAINS[0], CHAINS[1], CHAINS[2]._replace(final="9"), CHAINS[4]]
+    script = Scripted([branch() for _ in tied], [advance(at, TO_END) for at in (0, 1, 3)])
+    explanation = explain(serve(replace(RECORDED, branches=tied), MINE, 0.5, "r", controller=script))
+    assert explanation["why"] == (
+        "The controller answered 9 (2 of 4 finished branches; a tie with 7); "
+        "all 4 branches that it could open were used."
+    )
+
+
+def test_a_round_that_a_disconnect_cut_is_said_to_be_unfinished() -> None:
+    bare = ServedEpisode("e", "r", "m", "sc@64", "d", 0.5, 0, 64, {"aborted": 12_224}, "disconnected")
+    assert explain(bare)["why"] == "The client disconnected; round 1 was not finished."
+    rounds = unpack_rounds(GIVEN_UP.trace)[:2]
+    cut = replace(GIVEN_UP, stop="disconnected", rounds=2, branches=9, trace=pack_rounds(rounds))
+    assert explain(cut)["why"] == "The client disconnected; round 3 was not finished."
 
 
 def test_redacted_answers_are_shown_as_distinct_short_hashes() -> None:
@@ -325,7 +347,7 @@ def test_trace_show_prints_the_episode_of_a_request_without_control_characters(t
         "it had not been probed; #4e00b5 led with 1 of 1 finished branch",
         "706 tokens were spent:",
         "Estimated tokens of self-consistency, from 2 finished branches and 3 unfinished ones",
-        "The controller answered #4e00b5 (2 of 2 finished branches; no other was given).",
+        "The controller answered #4e00b5 (2 of 2 finished branches; no other was given); ",
     ):
         assert text in done.stdout
     assert any("█" in line for line in done.stdout.splitlines())

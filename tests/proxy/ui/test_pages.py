@@ -265,11 +265,26 @@ async def test_a_request_is_shown_with_its_picture_bill_and_reason(local: Browse
     request_id = await asked(local.url, tts={"beta": 0.5, "controller": "parallel_probe"})
     page = await until_shown(local, f"/ui/requests/{request_id}", "Why it stopped")
     assert "The controller answered 7" in page
+    assert re.search(r"The answer had agreement \d\.\d\d and confidence \d\.\d\d\.", page)
     assert page.count('class="segment') > 4
     assert 'class="votes-line' in page
     assert "the branch that became the reply" in page
     assert "were not recorded to their ends" in page
     assert "style=" not in page
+
+
+async def test_a_request_that_was_cut_in_its_first_round_says_so(backend: FakeVLLM, local: Browser) -> None:
+    backend.fault = "hang"
+    tts = {"beta": 1, "controller": "self_consistency", "answer": "boxed"}
+    asking = asyncio.create_task(asked(local.url, tts=tts))
+    await backend.hanging.wait()
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    [request_id] = links(await until_shown(local, "/ui/requests", "1 request"))
+    page = (await local.get(f"/ui/requests/{request_id}")).text
+    assert "The client disconnected; round 1 was not finished." in page
+    assert "The first round was not finished, so there is nothing to draw." in page
+    assert "No branch was opened" not in page
 
 
 async def test_a_store_that_fails_during_a_page_is_a_page_that_says_so(

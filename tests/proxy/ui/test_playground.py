@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import aiohttp
@@ -115,3 +116,62 @@ async def test_the_page_lists_what_clients_may_name_and_hides_the_admins_control
     assert '<option value="parallel_probe">' in text
     assert '<option value="everything">' not in text
     assert "the champion (cmc)" in text
+
+
+ENDED: dict[str, Any] = {
+    "controller": "cmc",
+    "beta": 0.5,
+    "rounds": 9,
+    "branches": 64,
+    "finished": 30,
+    "stop": "answered",
+    "answer": "9",
+    "votes": {"11": 14, "9": 14, "2": 1},
+    "agreement": 14 / 29,
+    "confidence": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {},
+            "cmc at β 0.5 stopped after 9 rounds. The controller answered 9 (14 of 30 finished branches; a tie with "
+            "11); all 64 branches that it could open were used. The answer had agreement 0.48 and confidence 0.50.",
+        ),
+        (
+            {"votes": {"9": 5, "2": 2}, "finished": 7, "branches": 7, "rounds": 1},
+            "cmc at β 0.5 stopped after 1 round. The controller answered 9 (5 of 7 finished branches; next 2 with 2). "
+            "The answer had agreement 0.48 and confidence 0.50.",
+        ),
+        (
+            {"votes": {"9": 2, "2": 5}, "branches": 8, "stop": "deadline", "fallback": "late", "agreement": None},
+            "cmc at β 0.5 stopped after 9 rounds because the deadline passed; the best answer so far was 9 (2 of 30 "
+            "finished branches; 2 had more, 5). The baseline took over (late).",
+        ),
+        (
+            {"answer": None, "votes": {}, "branches": 4, "agreement": None, "selected_by": "judge"},
+            "cmc at β 0.5 stopped after 9 rounds. The controller ended it without an answer. The model compared the "
+            "replies and decided which was sent.",
+        ),
+    ],
+)
+async def test_the_end_of_an_episode_is_said_with_its_rivals_agreement_and_confidence(
+    local: Browser, changes: dict[str, Any], expected: str
+) -> None:
+    await local.get("/ui/playground")
+    reply = await local.post("/ui/data/playground/end", {"episode": json.dumps(ENDED | changes)})
+    assert json.loads(reply.text) == {"why": expected}
+
+
+async def test_an_ended_episode_that_cannot_be_read_is_refused(local: Browser) -> None:
+    await local.get("/ui/playground")
+    for text in ("", "[]", json.dumps(ENDED | {"rounds": -1})):
+        assert (await local.post("/ui/data/playground/end", {"episode": text})).status == 400
+
+
+async def test_kinds_of_answers_are_named_as_the_api_names_them(local: Browser) -> None:
+    text = (await local.get("/ui/playground")).text
+    for kind in ("auto", "boxed", "number", "choice", "text:words", "code:lines", "select", "synthesise"):
+        assert re.search(rf'<option value="{kind}">{kind}(:|<)', text)
