@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
@@ -55,6 +56,8 @@ LOSS_LOG_S: Final = 60.0
 """Minimum seconds between log lines about lost records."""
 RECENT: Final = 20_000
 """Number of recent requests whose owner is known without the store."""
+MOST_SHARED: Final = 256
+"""Maximum number of owners that recent requests share."""
 
 SPILLED, RECOVERED = "spilled", "recovered"
 """Outcomes of records that are, or were, in the spill file."""
@@ -70,6 +73,12 @@ class RequestOwner(NamedTuple):
     stage: str | None  # rollout stage; None if the request named its controller
     digest: str  # of the controller
     model: str
+
+
+@lru_cache(MOST_SHARED)
+def shared_owner(owner: RequestOwner) -> RequestOwner:
+    """Return an equal owner that all requests of it share, because every request makes its own texts."""
+    return owner
 
 
 class StoreWriter:
@@ -187,7 +196,7 @@ class StoreWriter:
             kept.set_result(False)
             return kept
         if owner is not None:
-            self._owners[request] = owner
+            self._owners[request] = shared_owner(owner)
             if len(self._owners) > RECENT:
                 self._owners.popitem(last=False)
         if self.waiting >= self._max_queue or self._is_closing:
