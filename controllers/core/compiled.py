@@ -30,7 +30,8 @@ MODULES: Final = (
 )
 """Modules that are compiled."""
 USED: Final = (
-    *("controllers.actions", "controllers.errors", "controllers.limits", "controllers.signals", "controllers.voting"),
+    *("controllers.actions", "controllers.environment", "controllers.errors", "controllers.limits"),
+    *("controllers.signals", "controllers.voting"),
     *("discovery.data.recordings", "discovery.data.traces", "discovery.errors"),
 )
 """Modules that they import. Compiled code contains their constants, so it fits only the same version of them."""
