@@ -82,7 +82,7 @@ Episode = Callable[[RemoteController], Coroutine[Any, Any, T]]
 def episodes_per_message(limits: Limits) -> int:
     """Return how many episodes may share a message.
 
-    The largest legal reply fits in a frame, and so does a round that advances and probes every branch with new facts.
+    The largest legal reply fits in a frame. So do the rounds before it, even if all their facts are new.
     """
     largest = max(frames.most_actions(limits), 2 * limits.max_branches * frames.NUMBERS_PER_NEW_FACT) + 8
     return max(1, min(EPISODES_PER_PROCESS, frames.MAX_FRAME_BYTES // 8 // largest))

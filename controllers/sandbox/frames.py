@@ -37,7 +37,9 @@ from controllers.signals import pack_signals, unpack_signals
 from controllers.state import Round
 
 MAX_FRAME_BYTES: Final = 1 << 20
-"""Most bytes of a frame."""
+"""Most bytes of a frame of a process."""
+MAX_OWNER_BYTES: Final = 1 << 22
+"""Most bytes of a frame of an owner. As many episodes as may share one may each have a round of new facts only."""
 HEADER: Final = struct.Struct("=I")
 LOAD, STEP, CALL = 1, 2, 3
 READY: Final = -1
@@ -86,19 +88,19 @@ class BadFrame(Exception):
     """A frame that cannot be decoded. Only a sandbox process sends one."""
 
 
-def pack(numbers: Sequence[int]) -> bytes:
+def pack(numbers: Sequence[int], most: int = MAX_FRAME_BYTES) -> bytes:
     """Return a frame of `numbers`. Raises BadFrame if it would be too large."""
     body = array("q", numbers).tobytes()
-    if len(body) > MAX_FRAME_BYTES:
-        raise BadFrame(f"a frame of {len(body)} bytes; at most {MAX_FRAME_BYTES} are allowed")
+    if len(body) > most:
+        raise BadFrame(f"a frame of {len(body)} bytes; at most {most} are allowed")
     return HEADER.pack(len(body)) + body
 
 
-def body_size(header: bytes) -> int:
+def body_size(header: bytes, most: int = MAX_FRAME_BYTES) -> int:
     """Return the bytes that follow a header. Raises BadFrame if they are too many or not a multiple of 8."""
     (length,) = HEADER.unpack(header)
-    if length > MAX_FRAME_BYTES or length % 8:
-        raise BadFrame(f"a frame that claims {length} bytes; at most {MAX_FRAME_BYTES} are allowed, a multiple of 8")
+    if length > most or length % 8:
+        raise BadFrame(f"a frame that claims {length} bytes; at most {most} are allowed, a multiple of 8")
     return int(length)
 
 

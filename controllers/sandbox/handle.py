@@ -225,7 +225,7 @@ class SandboxHandle:
         self._number += 1
         if self.clock is Clock.WALL:
             self._signal(signal.SIGCONT)
-        left = memoryview(frames.pack([kind, self._number, *numbers]))
+        left = memoryview(frames.pack([kind, self._number, *numbers], frames.MAX_OWNER_BYTES))
         while left:
             try:
                 left = left[self._channel.send(left) :]

@@ -20,6 +20,7 @@ from controllers.sandbox.frames import (
     HEADER,
     LOAD,
     MAX_COMPLAINT_CHARS,
+    MAX_OWNER_BYTES,
     READY,
     UNCHANGED,
     body_size,
@@ -129,7 +130,7 @@ def _turn(
     else:
         episode = episodes[numbers[at]]
         actions, episode.facts, at = decode_turn(numbers, at, episode.decided, facts, episode.facts)
-        episode.state.apply(actions, episode.facts)
+        episode.state.apply(list(actions), list(episode.facts))  # copies, because the controller may change them
     try:
         decided = episode.controller.decide(episode.state)
     except BaseException as error:  # foreign code
@@ -175,13 +176,17 @@ def _read() -> list[int]:
     """
     data = os.read(CHANNEL, READ_BYTES)
     missing = HEADER.size - len(data)
-    while missing > 0 or (missing := HEADER.size + body_size(data[: HEADER.size]) - len(data)):
+    while missing > 0 or (missing := HEADER.size + _body_size(data) - len(data)):
         more = os.read(CHANNEL, missing)
         if not more:
             return []
         data += more
         missing = HEADER.size - len(data)
     return unpack(data[HEADER.size :])
+
+
+def _body_size(data: bytes) -> int:
+    return body_size(data[: HEADER.size], MAX_OWNER_BYTES)
 
 
 def _write(numbers: Sequence[int]) -> None:

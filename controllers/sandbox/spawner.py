@@ -26,8 +26,8 @@ from controllers.sandbox.proof import AttemptResult, Proof, prove
 from controllers.sandbox.seal import ALL_LAYERS, Layer
 from controllers.sandbox.zygote import ORDER, REAP, REPLY, SPAWN, TRY
 
-PROVE_EVERY: Final = 100
-"""Processes after which the seal is proven again."""
+PROVE_EVERY: Final = 1000
+"""Processes after which the seal is proven again. A proof starts about fifteen; a search starts hundreds a minute."""
 PATIENCE_S: Final = 10.0
 """Seconds the zygote may take for an order, and a process for an attempt to break out."""
 ADVICE: Final = (

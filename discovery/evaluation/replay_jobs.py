@@ -95,6 +95,7 @@ class ReplayRules:
     traces: Path | None = None  # folder that traces are written to
     sealing: Sealing = Sealing.FOREIGN
     signals: frozenset[Signal] = ALL_SIGNALS  # signals that controllers may get, if they declare them
+    is_audited: bool = True  # whether some sealed episodes are played again, each alone
 
     def seal(self, spec: Spec) -> bool:
         """Return whether a controller decides in a sandbox process."""
@@ -220,7 +221,8 @@ class _JobRunner:
         """
         every = range(len(self.episodes))
         drawn = random.Random(f"{self._job.spec.digest} {self._job.beta} {self._job.shuffles}")
-        audited = drawn.sample(every, k=min(len(every), max(MIN_AUDITED, len(every) // EPISODES_PER_AUDIT)))
+        count = max(MIN_AUDITED, len(every) // EPISODES_PER_AUDIT) if self._rules.is_audited else 0
+        audited = drawn.sample(every, k=min(len(every), count))
         try:
             played = self._play_all(every, set(audited))
             fault = self._audit([at for at in audited if played[at].failure is None], played)

@@ -336,16 +336,16 @@ class Cascade:
         return verdicts
 
     def _start_fingerprint(self, candidate: Candidate) -> Check:
-        """Start the fixed episodes; of genomes that the kernel plays, one in some is played by its file as well."""
+        """Start the fixed episodes, unaudited; of genomes the kernel plays, one in some is also played by its file."""
         if self._kernel is None or not self._kernel.plays(candidate):
-            return Check(self._probes.submit(_spec(candidate), FINGERPRINT, self._rules(candidate)))
+            return Check(self._probes.submit(_spec(candidate), FINGERPRINT, self._rules(candidate, is_audited=False)))
         if int(candidate.digest[:8], 16) % CHECKED_EVERY == 0:
             return self._check(candidate, FINGERPRINT, self._kernel.probes, self._probes)
         return Check(self._kernel.probes.submit(_spec(candidate), candidate.genome, FINGERPRINT))
 
-    def _rules(self, candidate: Candidate) -> ReplayRules:
+    def _rules(self, candidate: Candidate, is_audited: bool = True) -> ReplayRules:
         sealing = Sealing.NONE if candidate.explorer in TRUSTED else Sealing.ALL
-        return replace(self._arena.rules, sealing=sealing)
+        return replace(self._arena.rules, sealing=sealing, is_audited=is_audited)
 
     def _final(self, verdict: CandidateVerdict, curves: Sequence[Curve], trial: TrialSettings) -> CandidateVerdict:
         return replace(

@@ -50,7 +50,7 @@ from controllers.sandbox import handle as handles
 from controllers.sandbox.controller import SandboxedController, episodes_per_message, run_together
 from controllers.sandbox.deadline import Clock, Deadline
 from controllers.sandbox.exit_reasons import explain_late
-from controllers.sandbox.frames import BadFrame, Decision
+from controllers.sandbox.frames import BadFrame, Decision, most_actions
 from controllers.sandbox.handle import SandboxHandle
 from controllers.sandbox.process_usage import ProcessUsage, ProcessUsageReader
 from controllers.sandbox.proof import AttemptResult, Proof, SandboxLevel, prove
@@ -239,6 +239,16 @@ def test_new_facts_of_every_branch_fit_into_one_message() -> None:
         for seat in range(episodes_per_message(Limits(1, width))):
             turns += frames.encode_turn(seat, [], Round(decided, [replace(fact) for fact in facts]), codes)
         assert frames.pack([*message, *codes.new_facts(), *turns])
+
+
+@pytest.mark.parametrize("width", [1, 8, 64, 500, 4096])
+def test_the_largest_legal_rounds_of_new_facts_fit_into_one_message(width: int) -> None:
+    limits, codes, turns = Limits(1, width), frames.FactCodes(), list[int]()
+    decided = [advance(number % width) for number in range(most_actions(limits))]
+    for seat in range(episodes_per_message(limits)):
+        facts: list[Fact] = [Advanced(action.branch, 1, 10, False, None, 900, 800) for action in decided]
+        turns += frames.encode_turn(seat, decided, Round(decided, facts), codes)
+    assert frames.pack([frames.STEP, 1, *codes.new_facts(), *turns], frames.MAX_OWNER_BYTES)
 
 
 # The sandbox process's loop, run as a thread of the test process

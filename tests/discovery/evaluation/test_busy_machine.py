@@ -71,9 +71,9 @@ def busy(count: int = BUSY) -> Iterator[None]:
         yield
 
 
-def played(source: str = HONEST.format(first="pass")) -> JobResult:
+def played(source: str = HONEST.format(first="pass"), is_audited: bool = True) -> JobResult:
     job = Job(Spec("mine", source), 0.5, Cell("m", "b", Split.SEARCH), range(2))
-    return run_job(job, RECORDINGS, ReplayRules(16))
+    return run_job(job, RECORDINGS, ReplayRules(16, is_audited=is_audited))
 
 
 def steps(seconds: float) -> int:
@@ -93,6 +93,9 @@ def test_only_processes_that_get_an_episode_are_started(monkeypatch: pytest.Monk
     monkeypatch.setattr(spawner(), "spawn", count)
     assert played().failures == []
     assert len(started) == 1 + MIN_AUDITED  # all episodes fit into one message
+    started.clear()
+    assert played(is_audited=False).failures == []
+    assert len(started) == 1
 
 
 def test_a_slow_decision_within_its_processor_time_passes_on_a_busy_machine() -> None:

@@ -168,7 +168,18 @@ class Careful:
 ENGINES = (EngineName.LOCAL, EngineName.PROCESS)
 ORDERS = int(os.environ.get("SOAK_ORDERS", "4"))
 """Branch orders on public recordings."""
-HONEST_ONES = [*(Spec(name) for name in BUILT_IN), spec(), Spec("careful", CAREFUL)]
+IN_PLACE = """
+from controllers import *
+class InPlace:
+    def __init__(self, beta): ...
+    def decide(self, state):
+        if not state.width: return [branch()] * 4
+        plan = state.last.actions
+        plan[:] = [advance(i) for i in state.active] or [answer(state.leader())]
+        return plan
+"""
+"""Source of a controller that changes its last round and returns it as the next one."""
+HONEST_ONES = [*(Spec(name) for name in BUILT_IN), spec(), Spec("careful", CAREFUL), Spec("in_place", IN_PLACE)]
 
 
 def traced(spec: Spec, folder: Path, sealing: Sealing) -> list[dict[str, object]]:
