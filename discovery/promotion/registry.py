@@ -23,6 +23,7 @@ from controllers.errors import UnknownController
 from controllers.loading import Spec
 from controllers.rollout_state import RolloutStage, RolloutState, StageHolders, name_problem
 from discovery.data.hash_chained_log import ChainFormat, hash_line
+from discovery.data.recordings import Split
 from discovery.data.safe_json import parse_json
 from discovery.errors import DamagedLog, PromotionError, RegistryAway
 from discovery.promotion.storage.registry_database import RegistryDatabase
@@ -294,13 +295,21 @@ def _known_card(storage: RegistryStorage, digest: str) -> Card | None:
 def _with_known_models(card: Card, known: Card | None) -> Card:
     """Return a card that lists the models of the card before as well; without `models` if either is about all.
 
-    A card that was forced does not count: its report need not have passed.
+    A card that was forced does not count: its report need not have passed. Nor does one on questions that searches see.
     """
     if not card.get("models") or known is None or known.get("report") is None or known.get("forced"):
+        return card
+    if judged_splits(known["report"]) != [Split.HELD_OUT]:
         return card
     if known.get("models"):
         return {**card, "models": sorted({*card["models"], *known["models"]})}
     return {name: value for name, value in card.items() if name != "models"}
+
+
+def judged_splits(report: Any) -> list[str]:
+    """Return the splits of a report's questions; earlier gates passed others than held-out ones, too."""
+    cells = report.get("cells") if isinstance(report, Mapping) else None
+    return sorted({str(cell.get("split") or "unknown") for cell in cells or [{}]})
 
 
 def _is_kept(storage: RegistryStorage, files: ControllerFiles) -> bool:

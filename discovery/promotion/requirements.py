@@ -8,7 +8,7 @@ from typing import Any, Final
 from controllers.loading import Spec
 from discovery.data.recordings import Split
 from discovery.errors import PromotionError
-from discovery.promotion.registry import Card
+from discovery.promotion.registry import Card, judged_splits
 
 PASSED: Final = "promote"
 """The verdict a report must have for a promotion."""
@@ -28,9 +28,8 @@ def check_report(spec: Spec, report: Any) -> None:
 
 
 def check_held_out_report(name: str, report: Any) -> None:
-    """Raise PromotionError unless all questions of a report were held out; earlier gates passed others, too."""
-    cells = report.get("cells") or [{}]
-    splits = sorted({str(cell.get("split") or "unknown") for cell in cells})
+    """Raise PromotionError unless all questions of a report were held out."""
+    splits = judged_splits(report)
     if splits != [Split.HELD_OUT]:
         raise PromotionError(
             f"{name}: the gate's report is about questions of the {' and '.join(splits)} split, which searches may "

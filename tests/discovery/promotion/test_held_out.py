@@ -137,6 +137,23 @@ def test_a_forced_report_lends_its_models_to_no_later_report(tmp_path: Path) -> 
                 promote_known(registry, digest, RolloutStage.CHAMPION, 0, ME, model)
 
 
+@pytest.mark.parametrize("cells", [[{"split": "search"}], [*HELD_OUT_CELLS, {"split": "validation"}], [{}], None])
+@pytest.mark.parametrize("model", [None, "large"])
+def test_a_report_on_questions_that_searches_see_lends_its_models_to_no_later_report(
+    tmp_path: Path, cells: Any, model: str | None
+) -> None:
+    registry, digest = Registry(tmp_path / "registry"), spec(1).digest
+    earlier = card_of(spec(1), written(tmp_path, passing(cells=cells)))
+    earlier = earlier if model is None else {**earlier, "models": [model]}
+    registry.install(spec(1), earlier, RolloutStage.SHADOW, 0, ME, model)  # as an earlier version did
+    card = card_of(spec(1), written(tmp_path, passing(model="small")))
+    install(registry, spec(1), card, RolloutStage.SHADOW, 0, ME, "small")
+    assert registry.card(digest)["models"] == ["small"]
+    for other in (None, "large"):
+        with pytest.raises(PromotionError, match="passed the gate on model small only"):
+            promote_known(registry, digest, RolloutStage.CHAMPION, 0, ME, other)
+
+
 # Questions that the search has seen, under another split
 
 
