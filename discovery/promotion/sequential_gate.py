@@ -26,6 +26,7 @@ from discovery.evaluation.sources import RecordingSource
 from discovery.promotion.betting_test import bet, confidence_interval, values_missing
 from discovery.promotion.comparison import Comparison
 from discovery.promotion.conditions import (
+    HELD_OUT,
     Condition,
     GateTerms,
     afs_gains,
@@ -78,7 +79,8 @@ def run_sequential_gate(
     if len({cell.benchmark for cell in cells}) > 1:
         raise GateError("a sequential judgement takes the questions of one benchmark; choose it with --benchmarks")
     look = _Look(comparison, source, cells, Ledger(place))
-    return look.report().narrowed(look.unseen)
+    report = look.report()
+    return report.narrowed(look.check_unseen(report.sequence))
 
 
 class _Look:
@@ -93,7 +95,17 @@ class _Look:
         self._sealed = SelectedSource({cell: scorable_recordings(source, cell) for cell in cells})
         self._branches_by_id = self._count_branches()
         self._id = self._sequence_id()
-        self.unseen = comparison.check_questions(cells, list(self._branches_by_id))
+
+    def check_unseen(self, state: SequenceReport | None, before: GateReport | None = None) -> Condition:
+        """Check that no search has seen the questions, also those whose recordings have gone since they were tested.
+
+        Without the card of the search, the finding of the look `before` stands.
+        """
+        tested = {} if state is None else state.gains
+        unseen = self._comparison.check_questions(self._cells, [*self._branches_by_id, *tested])
+        if before is None or self._comparison.searched is not None:
+            return unseen
+        return next((one for one in before.failed if one.name == HELD_OUT), unseen)
 
     def report(self) -> GateReport:
         """Return the report of this look, or of the latest one if there is nothing new."""
@@ -124,7 +136,7 @@ class _Look:
             waiting=len(waiting),
             excluded=len(excluded.intersection(added)),
         )
-        return self._record(self._judge(measured, state, k), before)
+        return self._record(self._judge(measured, state, k, self.check_unseen(state, before)), before)
 
     def _count_branches(self) -> dict[str, int]:
         """Return the fewest branches that any cell recorded of each question that is in all cells, by shortened id."""
@@ -204,7 +216,7 @@ class _Look:
     def _replay(self, selected: SelectedSource, questions: Sequence[str]) -> ScoreSet:
         return self._comparison.judged_replay(selected, self._cells, self._ledger, questions)
 
-    def _judge(self, measured: ScoreSet, state: SequenceReport, k: int) -> GateReport:
+    def _judge(self, measured: ScoreSet, state: SequenceReport, k: int, unseen: Condition) -> GateReport:
         """Return the report on all questions so far."""
         terms = self._terms
         gains, accuracy = np.array(list(state.gains.values())).T
@@ -217,7 +229,7 @@ class _Look:
         evidence = bet(gains, terms.bound)
         accuracy_evidence = bet(accuracy + terms.margin, POINTS)
         conditions = [
-            self.unseen,
+            unseen,
             check_source(about.advice),
             check_failures(measured.sides[0]),
             _check_better(gains, interval),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +160,13 @@ def test_a_report_on_questions_that_searches_see_lends_its_models_to_no_later_re
 
 def searched(folder: Path, count: int, split: Split = Split.HELD_OUT) -> SearchedQuestions:
     """Write a card beside mine.py that lists `count` questions as searched, and return what is read of it."""
+    return searched_among(folder, recorded(60, split)[:count])
+
+
+def searched_among(folder: Path, recordings: Sequence[RecordedQuestion]) -> SearchedQuestions:
+    """Write a card beside mine.py that lists these questions as searched, and return what is read of it."""
     card = {"digest": "of another version", "run": "a hash", "data": {"questions": 9}}
-    seen = [one.question for one in recorded(60, split)[:count]]
+    seen = [one.question for one in recordings]
     (folder / "mine.json").write_text(json.dumps(with_searched(card, seen)))
     known = searched_questions(str(folder / "mine.py"))
     assert known is not None
@@ -207,6 +213,32 @@ def test_a_sequence_promotes_by_unseen_questions_only(tmp_path: Path, split: Spl
         assert report.verdict is GateVerdict.PROMOTE
         report = look(asked, ledger, searched=searched(tmp_path, 1))
     assert (report.verdict, failed(report), report.more) == (GateVerdict.UNDECIDED, ["held-out"], None)
+
+
+SEEN_ONE = "the search that found it has seen 1 of the questions; judge on others"
+
+
+@pytest.mark.parametrize("has_card", [True, False])
+def test_a_sequence_remembers_a_searched_question_whose_recordings_have_gone(tmp_path: Path, has_card: bool) -> None:
+    every, ledger = recorded(60), tmp_path / "ledger"
+    gone = max(every[:20], key=lambda one: one.question)
+    seen = searched_among(tmp_path, [gone])
+    first = look(every[:20], ledger, searched=seen)
+    assert "held-out" in failed(first)
+    rest = [one for one in every if one is not gone]
+    report = look(rest, ledger, searched=seen if has_card else None)
+    assert (report.verdict, failed(report), report.more) == (GateVerdict.UNDECIDED, ["held-out"], None)
+    assert report.failed[0].words == SEEN_ONE
+    assert look(rest, ledger, searched=seen) == report  # nothing new
+
+
+def test_a_sequence_that_has_ended_promotes_no_more_if_a_question_that_has_gone_was_searched(tmp_path: Path) -> None:
+    every, ledger = recorded(60), tmp_path / "ledger"
+    gone = max(every, key=lambda one: one.question)
+    assert look(every, ledger).verdict is GateVerdict.PROMOTE
+    rest = [one for one in every if one is not gone]
+    report = look(rest, ledger, searched=searched_among(tmp_path, [gone]))
+    assert (report.verdict, failed(report), report.failed[0].words) == (GateVerdict.UNDECIDED, ["held-out"], SEEN_ONE)
 
 
 # The commands
