@@ -16,10 +16,11 @@ from discovery.commands.gate import judge_in_subprocess
 from discovery.data.questions import Question
 from discovery.data.recordings import Split, default_split
 from discovery.errors import CollectError
+from discovery.promotion.conditions import HELD_OUT
 from discovery.promotion.gate import GateJob
 from discovery.promotion.power_plan import ORDERS
 from discovery.promotion.sequential_gate import AXIS_QUESTIONS
-from discovery.promotion.verdict import GateReport, GateVerdict
+from discovery.promotion.verdict import GateReport
 from discovery.store import StorePlace
 from discovery.store.records import utc_now
 
@@ -104,15 +105,15 @@ async def collect_until_decided(
 ) -> tuple[CollectionProgress, GateReport]:
     """Collect more and more of the questions, and look after each batch, until the verdict is no longer `undecided`.
 
-    `collect_all` records the given questions as far as they are not recorded. It also ends when the token budget is
-    spent, or there are no more questions. Raises the errors of both functions.
+    `collect_all` records the given questions as far as they are not recorded. It also ends when more questions cannot
+    decide, the token budget is spent, or there are no more questions. Raises the errors of both functions.
     """
     runs: list[CollectionProgress] = []
     for end in batch_ends(len(questions)):
         runs.append(await collect_all(questions[:end]))
         report = await asyncio.to_thread(look)
         on_look(report)
-        if report.verdict is not GateVerdict.UNDECIDED or runs[-1].is_out_of_budget:
+        if not report.can_grow or runs[-1].is_out_of_budget:
             break
     return reduce(_add, runs), report
 
@@ -133,4 +134,7 @@ def describe_look(report: GateReport) -> str:
     text += f" ({report.alpha:.3g} needed)"
     if report.more is not None:
         text += f"; about {report.more:,} more would end it if they are like these"
+    for condition in report.failed:
+        if condition.name == HELD_OUT:
+            text += f"; this sequence cannot promote: {condition.words}, without --until-decided"
     return text

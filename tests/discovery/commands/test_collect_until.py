@@ -18,12 +18,14 @@ from discovery.commands.collect_until import (
     SequentialJob,
     batch_ends,
     collect_until_decided,
+    describe_look,
     judgeable_questions,
 )
 from discovery.data.collect import CollectionProgress
 from discovery.data.questions import Question
 from discovery.data.recordings import Split, default_split
 from discovery.errors import CollectError
+from discovery.promotion.conditions import check_held_out
 from discovery.promotion.ledger import Ledger
 from discovery.promotion.sequential_gate import AXIS_QUESTIONS
 from discovery.promotion.verdict import GateReport, GateVerdict
@@ -69,6 +71,15 @@ def test_collecting_ends_with_the_questions_or_the_budget() -> None:
     assert batches == [20, 22]
     assert progress.is_out_of_budget
     assert report.verdict is GateVerdict.UNDECIDED
+
+
+def test_collecting_ends_and_says_why_if_the_search_has_seen_a_question() -> None:
+    seen = PROMOTED.narrowed(check_held_out((), 3))
+    assert seen.verdict is GateVerdict.UNDECIDED
+    assert collected([seen] * 9)[0] == [20]
+    why = "the search that found it has seen 3 of the questions; judge on others, without --until-decided"
+    assert describe_look(seen).endswith(f" needed); this sequence cannot promote: {why}")
+    assert "cannot promote" not in describe_look(UNDECIDED)
 
 
 @pytest.mark.parametrize("questions", [11, FIRST_BATCH, FIRST_BATCH + 1, 400])
