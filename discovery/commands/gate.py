@@ -41,7 +41,7 @@ from discovery.promotion.conditions import GateTerms
 from discovery.promotion.gate import GateJob
 from discovery.promotion.ledger import Ledger
 from discovery.promotion.power_plan import ORDERS
-from discovery.promotion.searched_questions import charged_probe_tokens
+from discovery.promotion.searched_questions import charged_probe_tokens, check_not_card
 from discovery.promotion.verdict import GateReport, GateVerdict, describe_savings, report_of
 from discovery.store import child_environment
 from discovery.store.records import utc_now
@@ -112,6 +112,7 @@ def gate(
     check_cluster_options(engine, address, workers)
     if report is not None:
         check_writable_path(report, "--report")
+        check_not_card(report, (file, champion))
     with tempfile.TemporaryDirectory(prefix="autotts-") as folder:
         job = GateJob(
             finalist=file,

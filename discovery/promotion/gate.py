@@ -30,7 +30,7 @@ from discovery.promotion.comparison import Comparison
 from discovery.promotion.conditions import GateTerms
 from discovery.promotion.ledger import Ledger, check_ledger, fingerprint
 from discovery.promotion.power_plan import PowerPlan, make_plan
-from discovery.promotion.searched_questions import searched_questions
+from discovery.promotion.searched_questions import check_not_card, searched_questions
 from discovery.promotion.sequential_gate import run_sequential_gate
 from discovery.promotion.verdict import GateReport, JudgementContext, judge, report_of
 from discovery.store import StorePlace, parse_place
@@ -115,6 +115,7 @@ class GateJob:
     def run(self) -> GateReport:
         """Judge the finalist and write the report. Raises DiscoveryError or ControllersError."""
         check_writable_path(self.report, "--report")
+        check_not_card(self.report, (self.finalist, self.champion))
         check_ledger(self.ledger)
         source = open_source(self.recordings)
         run = run_sequential_gate if self.sequential else run_gate

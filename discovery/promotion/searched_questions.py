@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from discovery.data.safe_json import parse_json
+from discovery.errors import GateError
 from discovery.evaluation.search_split import salted_id
 from discovery.promotion.ledger import ID_DIGITS, shorten_ids
 
@@ -45,6 +46,17 @@ def searched_questions(controller: str) -> SearchedQuestions | None:
         return None  # no card of a search, or one of an earlier version
 
 
+def check_not_card(report: Path, controllers: Iterable[str]) -> None:
+    """Raise GateError if a report would replace the card beside FILE.py: without it, nobody knows what was searched."""
+    for controller in controllers:
+        card = _card_file(controller)
+        if card is not None and card.resolve() == report.resolve():
+            raise GateError(
+                f"--report {report}: the card of the search for {controller} is kept there; name another file, such as "
+                f"{card.with_suffix('.report.json')}"
+            )
+
+
 def charged_probe_tokens(controller: str) -> int | None:
     """Return what the search for FILE.py charged per probe; None if it counted recorded tokens, or is unknown."""
     settings = _card(controller).get("settings")
@@ -54,13 +66,17 @@ def charged_probe_tokens(controller: str) -> int | None:
 
 def _card(controller: str) -> dict[str, Any]:
     """Return the card beside FILE.py; empty if there is none."""
-    if not controller.endswith(".py"):
-        return {}
+    file = _card_file(controller)
     try:
-        card = parse_json(Path(controller).with_suffix(".json").read_bytes())
+        card = {} if file is None else parse_json(file.read_bytes())
     except (OSError, ValueError):
         return {}
     return card if isinstance(card, dict) else {}
+
+
+def _card_file(controller: str) -> Path | None:
+    """Return where the card of FILE.py is; None for a controller that is no file."""
+    return Path(controller).with_suffix(".json") if controller.endswith(".py") else None
 
 
 def _hashes(questions: Iterable[str], salt: str) -> list[str]:

@@ -14,8 +14,9 @@ from controllers.rollout_state import RolloutStage, RolloutState
 from discovery.commands.promote import card_of, discovery_card, install, promote_known
 from discovery.data.importers import format_recording_line
 from discovery.data.recordings import RecordedQuestion, Split
-from discovery.errors import PromotionError
+from discovery.errors import GateError, PromotionError
 from discovery.promotion import comparison
+from discovery.promotion.gate import GateJob
 from discovery.promotion.ledger import Ledger
 from discovery.promotion.registry import Registry
 from discovery.promotion.searched_questions import SearchedQuestions, searched_questions, with_searched
@@ -242,6 +243,25 @@ def test_a_sequence_that_has_ended_promotes_no_more_if_a_question_that_has_gone_
 
 
 # The commands
+
+
+@pytest.mark.parametrize("asked", [["mine.py"], ["single", "--champion", "mine.py"], ["mine.py", "--plan"]])
+def test_a_report_never_replaces_the_card_of_a_search(
+    tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(FIRST)
+    Path("mine.json").write_text("{}")
+    Path("same.json").symlink_to("mine.json")
+    message = "the card of the search for mine.py is kept there; name another file, such as mine.report.json"
+    options = ["--recordings", "none.jsonl", "--ledger", "ledger", "--report"]
+    for report in ("mine.json", str(tmp_path / "mine.json"), "same.json"):
+        done = CliRunner().invoke(app, ["gate", *asked, *options, report])
+        assert (done.exit_code, f"--report {report}: {message}" in done.output) == (2, True), done.output
+    assert Path("mine.json").read_text() == "{}"
+    job = GateJob("mine.py", "single", Path("none.jsonl"), Path("ledger"), Path("mine.json"), "now", "me")
+    with pytest.raises(GateError, match=message):
+        job.run()
 
 
 @pytest.mark.process
