@@ -93,6 +93,9 @@ def collect_command(
     finalist: Annotated[str, typer.Option(help="for --until-decided: controller to judge, FILE.py or a name")] = "",
     champion: Annotated[str, typer.Option(help="for --until-decided: champion to beat")] = DEFAULT,
     ledger: LedgerPlace = None,
+    probe_tokens: Annotated[
+        int | None, typer.Option(min=0, help="for --until-decided: tokens charged per probe (default: as recorded)")
+    ] = None,
     engine: Annotated[
         CollectEngine, typer.Option(help="where requests are sent from: this process, or workers of a Ray cluster")
     ] = CollectEngine.LOCAL,
@@ -134,7 +137,7 @@ def collect_command(
         model, benchmark or questions.stem, branches, answer, temperature, top_p, max_tokens, keep_text, signals
     )
     print_line = partial(wide_console().print, highlight=False, markup=False, soft_wrap=True)
-    judgement = _judgement(until_decided, finalist, champion, ledger, max_tokens_total, plan, out)
+    judgement = _judgement(until_decided, finalist, champion, ledger, probe_tokens, max_tokens_total, plan, out)
     with (
         _senders(engine, address, workers, -(-at_once // BRANCHES_PER_REQUEST), url, key) as send,
         CollectionProgressBar(usd_per_million) as bar,
@@ -196,19 +199,20 @@ def _judgement(
     finalist: str,
     champion: str,
     ledger: StorePlace | None,
+    probe_tokens: int | None,
     budget: int | None,
     plan: CollectionPlan,
     out: Path,
 ) -> SequentialJob | None:
     """Return the judgement that ends the collection, if one does. Raises BadParameter if an option is missing."""
     if not until_decided:
-        if finalist or ledger is not None:
-            raise typer.BadParameter("--finalist and --ledger are for --until-decided")
+        if finalist or ledger is not None or probe_tokens is not None:
+            raise typer.BadParameter("--finalist, --ledger and --probe-tokens are for --until-decided")
         return None
     if not finalist or ledger is None or budget is None:
         raise typer.BadParameter("--until-decided needs --finalist, --ledger and --max-tokens-total")
     check_ledger(ledger)
-    job = SequentialJob(finalist, champion, ledger, out, plan.model, plan.benchmark)
+    job = SequentialJob(finalist, champion, ledger, out, plan.model, plan.benchmark, probe_tokens)
     job.check(plan.branches)
     return job
 

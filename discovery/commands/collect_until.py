@@ -43,6 +43,7 @@ class SequentialJob:
     recordings: Path  # that are being collected
     model: str  # empty: the only one in the recordings
     benchmark: str
+    probe_tokens: int | None = None  # tokens charged per probe; None: as recorded
 
     def check(self, branches: int) -> None:
         """Raise an error, before anything is spent, if a controller is unknown or needs more branches."""
@@ -65,6 +66,7 @@ class SequentialJob:
                 models=self.model,
                 benchmarks=self.benchmark,
                 shuffles=ORDERS,
+                probe_tokens=self.probe_tokens,
                 sequential=True,
             )
             return judge_in_subprocess(job)

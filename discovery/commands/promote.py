@@ -62,6 +62,9 @@ def promote(
     against: Annotated[str, typer.Option("--champion", help="for --recordings: champion to beat")] = DEFAULT,
     ledger: LedgerPlace = None,
     shuffles: Annotated[int, typer.Option(min=1, help="for --recordings: branch orders per question")] = 100,
+    probe_tokens: Annotated[
+        int | None, typer.Option(min=0, help="for --recordings: tokens charged per probe (default: as recorded)")
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="promote without a passed gate, or despite a quarantine")
     ] = False,
@@ -73,7 +76,8 @@ def promote(
     if what.endswith(".py"):
         spec = read(Path(what))
         if recordings is not None:
-            report = run_gate_on(Path(what), recordings, against, ledger or default_ledger(place), shuffles, who, model)
+            judged_in = ledger or default_ledger(place)
+            report = run_gate_on(Path(what), recordings, against, judged_in, shuffles, who, model, probe_tokens)
         card = {**discovery_card(Path(what)), **card_of(spec, report, force)}
         after = install(opened, spec, card, stage, share, by, model)
         digest = spec.digest
@@ -190,6 +194,7 @@ def run_gate_on(
     shuffles: int,
     who: str,
     model: str | None = None,
+    probe_tokens: int | None = None,
 ) -> Path:
     """Run the gate on a file in another process; return the path of the report beside the file. Raises GateError."""
     report = file.with_suffix(".report.json")
@@ -203,6 +208,7 @@ def run_gate_on(
         who=who,
         model=model or "",
         shuffles=shuffles,
+        probe_tokens=probe_tokens,
     )
     gate_report = judge_in_subprocess(job)
     wide_console().print(

@@ -115,7 +115,8 @@ def test_a_controller_that_needs_more_branches_is_refused_before_anything_is_spe
     ("options", "message"),
     [
         ("--until-decided --finalist asc", "needs --finalist, --ledger and --max-tokens-total"),
-        ("--finalist asc", "--finalist and --ledger are for --until-decided"),
+        ("--finalist asc", "--finalist, --ledger and --probe-tokens are for --until-decided"),
+        ("--probe-tokens 20", "--finalist, --ledger and --probe-tokens are for --until-decided"),
     ],
 )
 def test_missing_options_are_named(tmp_path: Path, options: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +139,7 @@ async def test_the_command_collects_held_out_questions_and_looks_at_them(tmp_pat
     ledger, out = tmp_path / "ledger", tmp_path / "out.jsonl"
     async with FakeVLLM(chains, 40).serve() as backend, running(load(upstream=backend.url, **settings)) as url:
         options = f"--branches 4 --url {url} --until-decided --finalist short_m_at_k --champion self_consistency"
-        more = f"--ledger {ledger} --max-tokens-total 10000000 --max-tokens 2000"
+        more = f"--ledger {ledger} --probe-tokens 9 --max-tokens-total 10000000 --max-tokens 2000"
         command = ["collect", str(questions), "--out", str(out), *options.split(), *more.split()]
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -156,8 +157,10 @@ async def test_the_command_collects_held_out_questions_and_looks_at_them(tmp_pat
     assert "52 of 52 branches" in output  # 13 held-out questions, and none of the search split
     report = tmp_path / "report.json"
     again = f"--champion self_consistency --recordings {out} --ledger {ledger} --sequential --report {report}"
+    again += " --probe-tokens 9"
     done = CliRunner().invoke(app, ["gate", "short_m_at_k", *again.split()])
     assert done.exit_code == 0, done.output
     (line,) = Ledger(ledger).judgements()  # the same sequence, with nothing new
     assert json.loads(report.read_text()) == line.report
+    assert line.report["probe_tokens"] == 9
     assert (line.k, bool(line.sequence), len(line.questions)) == (1, True, 13)

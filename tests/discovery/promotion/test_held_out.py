@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from controllers.rollout_state import RolloutStage, RolloutState
+from discovery.commands import promote as promotion_commands
 from discovery.commands.promote import card_of, discovery_card, install, promote_known
 from discovery.data.importers import format_recording_line
 from discovery.data.recordings import RecordedQuestion, Split
@@ -262,6 +263,23 @@ def test_a_report_never_replaces_the_card_of_a_search(
     job = GateJob("mine.py", "single", Path("none.jsonl"), Path("ledger"), Path("mine.json"), "now", "me")
     with pytest.raises(GateError, match=message):
         job.run()
+
+
+def test_promote_passes_the_tokens_per_probe_on_to_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[GateJob] = []
+
+    def refuse(job: GateJob) -> GateReport:
+        jobs.append(job)
+        raise GateError("not judged here")
+
+    monkeypatch.setattr(promotion_commands, "judge_in_subprocess", refuse)
+    file = tmp_path / "mine.py"
+    file.write_text(FIRST)
+    place = ["--registry", str(tmp_path / "registry"), "--recordings", str(tmp_path / "none.jsonl")]
+    for options in ([], ["--probe-tokens", "20"]):
+        done = CliRunner().invoke(app, ["promote", str(file), "--as", "shadow", *place, *options])
+        assert (done.exit_code, "not judged here" in done.output) == (2, True), done.output
+    assert [job.probe_tokens for job in jobs] == [None, 20]
 
 
 @pytest.mark.process
