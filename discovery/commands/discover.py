@@ -47,7 +47,7 @@ from discovery.evaluation.evaluate import (
     read_scorable_cell,
 )
 from discovery.evaluation.replay_jobs import ReplayRules
-from discovery.evaluation.search_split import export_search_split
+from discovery.evaluation.search_split import export_search_split, exported_questions
 from discovery.evaluation.sources import open_source, select_cells
 from discovery.promotion.searched_questions import with_searched
 from discovery.search.cascade import BASELINE, Cascade, CascadePlan
@@ -209,8 +209,10 @@ def discover(
     if store is not None:
         store_search(run, store, settings)
     about = card(run, finalist, {"cells": settings["cells"], "questions": questions}, settings)
-    about = with_searched(about, (recording.question for of_cell in cells.values() for recording in of_cell))
-    _write_finalist(run, finalist, out, about)
+    seen = {recording.question for of_cell in cells.values() for recording in of_cell}
+    if explorer is ExplorerName.AGENT:
+        seen |= exported_questions(recordings)  # the export has all models and benchmarks
+    _write_finalist(run, finalist, out, with_searched(about, seen))
 
 
 def choose_runner(explorer: ExplorerName, tune: bool, kernel: bool | None) -> bool:

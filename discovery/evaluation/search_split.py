@@ -71,6 +71,12 @@ def export_search_split(
     return written
 
 
+def exported_questions(recordings: StorePlace) -> set[str]:
+    """Return the ids of the questions that `export_search_split` shows. Raises BadRecording."""
+    source = search_split_of(open_source(recordings))
+    return {recorded.question for cell in source.cells() for recorded in source.load(cell)}
+
+
 def salted_id(known: str, salt: str) -> str:
     """Return the hash that stands for a question or a request in the export."""
     return sha256(f"{salt} {known}".encode()).hexdigest()

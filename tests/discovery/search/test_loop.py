@@ -996,6 +996,22 @@ def test_an_agent_gets_no_text_of_recordings(lines: Path, tmp_path: Path) -> Non
         (check_opaque if path.name == "search.jsonl" else read_and_check)(path)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux confines agents")
+def test_the_card_of_an_agent_lists_every_question_that_it_was_shown(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(map(format_recording_line, ASKED)))
+    script = f"printf %s {shlex.quote(GOOD)} > candidate.py"
+    agent = ("--explorer", "agent", "--command", shlex.join(["/bin/sh", "-c", script]))
+    asked = ("discover", *SEARCH, str(path), "--benchmarks", "b", "--rounds", "1", *agent, "--out", "run")
+    done = autotts(*asked, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (card_file,) = (tmp_path / "run").glob("*.json")
+    about = json.loads(card_file.read_text())
+    searched = SearchedQuestions(about["run"], frozenset(about["data"]["searched"]))
+    assert about["data"]["questions"] < len(ASKED)
+    assert searched.count(one.question for one in ASKED) == len(searched.hashes) == len(ASKED)
+
+
 def read_and_check(path: Path) -> None:
     check_clean(path.read_text())
 
