@@ -366,6 +366,12 @@ class Reply:
     label: int | None = None  # of a whole reply; None if it has no vote or is the judge's
 
     @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the client's prompt, once. Those of `usage` include suffixes, which `tokens` has too."""
+        total: int = self.usage["total_tokens"]
+        return total - sum(self.tokens.values())
+
+    @property
     def finish_reasons(self) -> list[str]:
         """Finish reason of the text, in a list of one."""
         return [self.message.finish_reason]

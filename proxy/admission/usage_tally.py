@@ -10,8 +10,8 @@ class SpentTokens:
     """Requests that spent tokens, and these tokens. Prompts are known of requests that controllers served."""
 
     served: int = 0  # by controllers
-    served_tokens: int = 0  # of branches and probes, as in the bill
-    prompt_tokens: int = 0  # `usage.prompt_tokens` of replies
+    served_tokens: int = 0  # of branches and probes with their suffixes, as in the bill
+    prompt_tokens: int = 0  # of replies, each prompt once and without suffixes
     passed: int = 0  # through
     passed_tokens: int = 0
 

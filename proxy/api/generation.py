@@ -276,7 +276,7 @@ class GenerationEndpoints:
                 slot.settle,
                 partial(service.request_slots.warn_of_cut, slot.caps),
             )
-            slot.add_prompt(reply.usage["prompt_tokens"])
+            slot.add_prompt(reply.prompt_tokens)
             return reply
 
 

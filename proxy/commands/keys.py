@@ -34,7 +34,7 @@ class KeyUsageRow(NamedTuple):
     tenant: str
     requests: int
     tokens: int  # generated, and suffixes of probes
-    prompt_tokens: int  # of requests with a reply
+    prompt_tokens: int  # of requests with a reply, without suffixes
 
 
 keysmith = typer.Typer(

@@ -53,14 +53,18 @@ def stored_facts(row: Sequence[Any]) -> Facts | None:
         return None
 
 
-def prompt_tokens_of(about_text: object) -> int:
-    """Return the prompt tokens in the stored details of an episode; 0 without a reply, or if they are corrupt."""
+def prompt_tokens_of(about_text: object, ledger_text: object) -> int:
+    """Return the tokens of a stored episode's prompt: those of its usage that are not in its bill.
+
+    The `prompt_tokens` of the usage are more: they include the suffixes of probes, which are in the bill too. It is 0
+    without a reply, or if the row is corrupt.
+    """
     try:
-        usage = parse_json(about_text).get("usage", {})  # type: ignore[arg-type]
-        tokens = usage.get("prompt_tokens", 0)
-    except (TypeError, ValueError, AttributeError):
+        total = parse_json(about_text)["usage"]["total_tokens"]  # type: ignore[arg-type]
+        prompt = total - sum(parse_json(ledger_text).values())  # type: ignore[arg-type]
+    except (TypeError, ValueError, AttributeError, LookupError):
         return 0
-    return tokens if type(tokens) is int else 0
+    return max(0, prompt) if type(prompt) is int else 0
 
 
 def _facts(identity: Facts, fallback: str | None, seconds: float, ledger: Mapping[str, int]) -> Facts:

@@ -149,7 +149,7 @@ class UsageReader:
         return sorted(_totals(sums), key=lambda total: (-total.tokens, total.name))
 
     async def prompt_tokens(self, period: Period) -> Counter[str]:
-        """Return the prompt tokens of a period by tenant, of requests with a reply.
+        """Return the prompt tokens of a period by tenant, of requests with a reply. Each prompt counts once.
 
         They are read from the episodes themselves, so this takes seconds for a million requests.
         """
@@ -158,12 +158,12 @@ class UsageReader:
         after = (first, "")
         while True:
             rows = await self.read(
-                "SELECT created, id, tenant, about FROM episodes WHERE (created, id) > (?, ?) AND created < ? "
+                "SELECT created, id, tenant, about, ledger FROM episodes WHERE (created, id) > (?, ?) AND created < ? "
                 "ORDER BY created, id LIMIT ?",
                 [*after, last_bucket + LAST, BATCH],
             )
-            for _, _, tenant, about in rows:
-                sums[tenant] += prompt_tokens_of(about)
+            for _, _, tenant, about, ledger in rows:
+                sums[tenant] += prompt_tokens_of(about, ledger)
             if len(rows) < BATCH:
                 return sums
             after = rows[-1][:2]

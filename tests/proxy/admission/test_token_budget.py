@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections import OrderedDict
 from contextlib import suppress
+from datetime import timedelta
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from controllers import Action, Limits, State, advance, answer, branch, probe, prune
 from controllers.episode import run_episode, run_sync
 from controllers.errors import ControllerError
+from discovery.store.usage.periods import Bucket, Period
+from discovery.store.usage.reader import UsageReader
 from proxy.admission import api_keys
 from proxy.admission.token_bound import TokenBound
 from proxy.admission.token_budget import (
@@ -38,7 +41,7 @@ from proxy.admission.token_budget import (
 from proxy.admission.usage_meter import UNSEEN_TOKENS, BoundedReplyMeter
 from proxy.server import running
 from proxy.settings import load
-from tests.fakes import Chain, FakeVLLM, ScriptedEnvironment
+from tests.fakes import ASSISTANT, Chain, FakeVLLM, ScriptedEnvironment
 from tests.proxy.admission.test_api_keys import ALICE, BOB, BOSS, ROOT, ask, bearer
 from tests.proxy.conftest import SMALL
 
@@ -489,7 +492,8 @@ async def test_what_a_key_without_limits_spent_is_known_since_the_start_and_from
 
         replies = [(await ask(http, url, ALICE, "0.5"))[2] for _ in range(2)]
         tokens = sum(reply["tts"]["tokens"]["total"] for reply in replies)
-        prompts = sum(reply["usage"]["prompt_tokens"] for reply in replies)
+        prompts = sum(reply["usage"]["total_tokens"] for reply in replies) - tokens
+        assert 0 < prompts < sum(reply["usage"]["prompt_tokens"] for reply in replies), "suffixes of probes"
         _, _, refused = await ask(http, url, ALICE, "0.5", max_tokens=-1)
         assert "error" in refused
         passed = -backend.generated
@@ -512,6 +516,42 @@ async def test_what_a_key_without_limits_spent_is_known_since_the_start_and_from
                     break
         assert used["all"]["last_day"] == used["keys"]["alice"]["last_day"] == {"requests": 2, "tokens": tokens}
         assert used["keys"]["bob"]["last_day"] == {"requests": 0, "tokens": 0}
+
+
+SAYING_HI = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("chat/completions", SAYING_HI),
+        ("chat/completions", {**SAYING_HI, "stream": True, "stream_options": {"include_usage": True}}),
+        ("completions", {"prompt": f"hi{ASSISTANT}", "max_tokens": 400}),
+        ("completions", {"prompt": [f"hi{ASSISTANT}", f"ho{ASSISTANT}"], "max_tokens": 400}),
+        ("responses", {"input": "hi"}),
+    ],
+    ids=["chat", "stream", "text", "prompts", "responses"],
+)
+async def test_tokens_and_prompts_of_a_key_are_the_total_of_its_usage(
+    backend: FakeVLLM, tmp_path: Path, path: str, fields: dict[str, Any]
+) -> None:
+    file = keyed(tmp_path / "keys.toml")
+    settings = load(upstream=backend.url, keys=file, admin_key=BOSS, store=tmp_path / "s.db", **SMALL)
+    async with running(settings) as url, aiohttp.ClientSession() as http:
+        body = {"model": "fake-model", "tts": {"beta": 0.5, "controller": "parallel_probe"}, **fields}
+        async with http.post(f"{url}/v1/{path}", json=body, headers=bearer(ALICE)) as response:
+            lines = (await response.text()).splitlines()
+        replies = [json.loads(line.removeprefix("data: ")) for line in lines if line.endswith("}")]
+        usage = next(reply["usage"] for reply in reversed(replies) if reply.get("usage"))
+        async with http.get(f"{url}/v1/tts/keys", headers=bearer(BOSS)) as response:
+            spent = (await response.json())["keys"]["alice"]["since_start"]["served"]
+    assert spent["tokens"] + spent["prompt_tokens"] == usage["total_tokens"]
+    assert 0 < spent["prompt_tokens"] < usage.get("prompt_tokens", usage.get("input_tokens")), "suffixes of probes"
+    async with UsageReader(tmp_path / "s.db") as reader:
+        today = Period.until_now(timedelta(days=1), Bucket.DAY)
+        (stored,) = await reader.by_tenant(today)
+        assert await reader.prompt_tokens(today) == {stored.name: spent["prompt_tokens"]}
+    assert (stored.requests, stored.tokens) == (spent["requests"], spent["tokens"])
 
 
 def test_a_rate_limit_counts_the_last_minute_per_holder() -> None:

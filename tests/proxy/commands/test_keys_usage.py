@@ -38,7 +38,10 @@ def store(tmp_path: Path, keys: Path) -> Path:
             tenant=tenant,
             created=stored_time(now - timedelta(days=days)),
             ledger={"winner": 100, "probe": 5},
-            about={**episode.about, "usage": {"prompt_tokens": 7}},
+            about={
+                **episode.about,
+                "usage": {"prompt_tokens": 10, "completion_tokens": 102, "total_tokens": 112},  # 3 tokens of suffixes
+            },
         )
         for episode, (tenant, days) in zip(served(len(ages)), ages, strict=True)
     ]

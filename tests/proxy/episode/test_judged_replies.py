@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxy.environment.selection.judge_prompt import ReplyCandidate, judge_prompt
-from tests.chat_fake import SEED, Held, ScriptedReply, last_text
+from tests.chat_fake import PROMPT_TOKENS, SEED, Held, ScriptedReply, last_text
 from tests.proxy.conftest import Proxy
 from tests.proxy.episode.test_whole_replies import IMAGE, WEATHER, call, check_disconnect_is_billed, fake, served, text
 
@@ -68,6 +68,7 @@ def check_bill(proxy: Proxy, reply: Any) -> None:
     assert bill["total"] == proxy.backend.generated + sum(map(own_prompt, judged))
     assert bill["total"] == sum(tokens for kind, tokens in bill.items() if kind != "total")
     assert reply["usage"]["completion_tokens"] == proxy.backend.generated
+    assert reply["usage"]["total_tokens"] - bill["total"] == PROMPT_TOKENS
 
 
 async def test_the_reply_is_the_branch_that_the_judge_names_unchanged() -> None:

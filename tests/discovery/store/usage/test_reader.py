@@ -14,7 +14,7 @@ from discovery.errors import StoreError
 from discovery.store import ServedEpisode, Store, StorePlace
 from discovery.store.records import stored_time
 from discovery.store.schema import MIGRATIONS
-from discovery.store.usage.facts import FAILED_STOPS
+from discovery.store.usage.facts import FAILED_STOPS, prompt_tokens_of
 from discovery.store.usage.periods import (
     Bucket,
     Period,
@@ -117,21 +117,51 @@ def test_a_period_has_a_bucket_for_every_hour() -> None:
     assert [start.hour for start in period.buckets()] == [22, 23, 0, 1]
 
 
-async def test_prompt_tokens_are_summed_by_tenant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_prompt_tokens_are_summed_by_tenant(place: StorePlace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("discovery.store.usage.reader.BATCH", 7)
-    prompts = [{"usage": {"prompt_tokens": number}} if number % 3 else {} for number in range(60)]
+    prompts = [number if number % 3 else 0 for number in range(60)]
     all_served = [
-        replace(episode, about={**episode.about, **about})  # type: ignore[typeddict-item]
-        for episode, about in zip(served(60), prompts, strict=True)
+        replace(episode, about={**episode.about, "usage": usage_of(episode, prompt) if prompt else {}})
+        for episode, prompt in zip(served(60), prompts, strict=True)
     ]
-    await store_of(tmp_path / "s.db", all_served)
+    await store_of(place, all_served)
     period = Period(END - timedelta(days=10), END, Bucket.DAY)
-    async with UsageReader(tmp_path / "s.db") as reader:
+    async with UsageReader(place) as reader:
         sums = await reader.prompt_tokens(period)
     first = period.bounds[0]
     for tenant in {episode.tenant for episode in all_served}:
-        mine = [e for e in all_served if e.tenant == tenant and e.created >= first]
-        assert sums[tenant] == sum(e.about.get("usage", {}).get("prompt_tokens", 0) for e in mine)
+        assert sums[tenant] == sum(
+            prompt
+            for episode, prompt in zip(all_served, prompts, strict=True)
+            if episode.tenant == tenant and episode.created >= first
+        )
+
+
+def usage_of(episode: ServedEpisode, prompt: int) -> dict[str, int]:
+    """Return the usage of a reply, whose prompt tokens include three of suffixes that are in the bill."""
+    total = prompt + sum(episode.ledger.values())
+    return {"prompt_tokens": prompt + 3, "completion_tokens": total - prompt - 3, "total_tokens": total}
+
+
+@pytest.mark.parametrize(
+    ("about", "ledger", "prompt"),
+    [
+        ('{"usage": {"prompt_tokens": 10, "total_tokens": 112}}', '{"winner": 100, "probe": 5}', 7),
+        ('{"usage": {}}', '{"aborted": 5}', 0),
+        ("{}", '{"aborted": 5}', 0),
+        ('{"usage": {"total_tokens": 4}}', '{"winner": 5}', 0),
+        ('{"usage": {"total_tokens": 9.5}}', '{"winner": 5}', 0),
+        ('{"usage": {"total_tokens": "9"}}', '{"winner": 5}', 0),
+        ('{"usage": {"total_tokens": 9}}', '{"winner": null}', 0),
+        ('{"usage": {"total_tokens": 9}}', "[5]", 0),
+        ('{"usage": []}', "{}", 0),
+        ("[]", "{}", 0),
+        ("{", "{}", 0),
+        (None, None, 0),
+    ],
+)
+def test_the_prompt_is_what_a_usage_has_beside_the_bill(about: object, ledger: object, prompt: int) -> None:
+    assert prompt_tokens_of(about, ledger) == prompt
 
 
 async def test_costs_are_means_of_the_requests_on_one_model(filled: StorePlace) -> None:
