@@ -101,7 +101,7 @@ class Breaker:
     def note_answer(self, *, has_answered: bool) -> bool:
         """Record whether the upstream answers at all. Return whether a health check must decide the next state.
 
-        That is so when it is due, and once after the upstream has been silent: it may have been restarted.
+        That is so when it is due, and at the first answer of an outage or after a silence: it may have been restarted.
         """
         is_wanted = self.is_due or (not self.is_closed and has_answered and self._may_close_early)
         self._may_close_early = not has_answered or (self._may_close_early and not is_wanted)
@@ -121,6 +121,9 @@ class Breaker:
             self._last_passed = self._clock()
             return False
         if self._state is BreakerState.OPEN:  # connections failed meanwhile
+            return False
+        if self._state is BreakerState.HALF_OPEN and self._clock() < self._open_until:  # it was tried early
+            self._state = BreakerState.OPEN
             return False
         self._open()
         return True

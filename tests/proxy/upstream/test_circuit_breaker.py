@@ -14,7 +14,7 @@ from proxy.errors import UpstreamCircuitOpen
 from proxy.server import running
 from proxy.settings import load
 from proxy.upstream import health_monitor
-from proxy.upstream.circuit_breaker import EARLY_S, FAILURES, OPEN_S, Breaker
+from proxy.upstream.circuit_breaker import EARLY_S, FAILURES, OPEN_S, Breaker, BreakerState
 from proxy.upstream.client import UpstreamClient
 from tests.fakes import ASSISTANT, MODEL, FakeVLLM
 from tests.proxy.conftest import SMALL
@@ -51,8 +51,21 @@ def test_an_answer_after_silence_starts_one_health_check() -> None:
         True,
     ]
     breaker.begin_check()
+    assert not breaker.end_check(is_up=False)
+    assert (breaker.state, breaker.wait_s, breaker.retry_s) == (BreakerState.OPEN, OPEN_S, OPEN_S)
+
+
+def test_a_failed_health_check_opens_a_breaker_that_has_closed_early() -> None:
+    breaker = Breaker(still_clock)
+    open_breaker(breaker)
+    assert breaker.note_answer(has_answered=True)
+    breaker.begin_check()
+    assert not breaker.end_check(is_up=True)
+    assert breaker.is_closed
+    assert [breaker.suspect() for _ in range(FAILURES)][-1] is False  # a check has just passed
+    breaker.begin_check()
     assert breaker.end_check(is_up=False)
-    assert (breaker.wait_s, breaker.retry_s) == (2 * OPEN_S, 2 * OPEN_S)
+    assert (breaker.state, breaker.wait_s) == (BreakerState.OPEN, 2 * OPEN_S)
 
 
 def test_an_answer_while_the_breaker_is_closed_starts_no_health_check() -> None:
