@@ -6,8 +6,8 @@
              └──────────────── the health check passes ──── half-open ◀─┘ or the upstream answers again
 
 A failed request (an error, a broken connection, no response) may itself be the cause, and one client could send only
-such requests. Such a failure is therefore only a suspicion. Five suspicions in a row start a health check
-(`health_check.py`), and its result decides.
+such requests. Such a failure is therefore only a suspicion. Five suspicions without a served generation in between
+start a health check (`health_check.py`), and its result decides.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from enum import Enum
 from typing import Final
 
 FAILURES: Final = 5
-"""Failed connections in a row that open the breaker, and suspicions in a row that start a health check."""
+"""Failed connections in a row that open the breaker, and suspicions that start a health check."""
 OPEN_S: Final = 30.0
 """Seconds that the breaker stays open the first time. The n-th time in a row it stays open n times as long."""
 MAX_OPENINGS: Final = 10
@@ -43,7 +43,7 @@ class Breaker:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._failures = 0  # failed connections in a row
-        self._suspicions = 0  # failed requests in a row
+        self._suspicions = 0  # failed requests since a generation was served
         self._last_passed = float("-inf")  # when the latest health check passed
         self._openings = 0  # in a row
         self._open_until = 0.0  # also after it has closed again
@@ -77,9 +77,11 @@ class Breaker:
         """Seconds until a retry makes sense."""
         return min(self.wait_s, EARLY_S) if self._may_close_early else self.wait_s
 
-    def succeed(self) -> None:
-        """Record a request that was served."""
-        self._failures = self._suspicions = 0
+    def succeed(self, *, is_generation: bool) -> None:
+        """Record an answer. Only a generation that was served proves that the upstream generates."""
+        self._failures = 0
+        if is_generation:
+            self._suspicions = 0
 
     def fail_to_connect(self) -> bool:
         """Record a failed connection, which no client can cause. Return whether the breaker opened."""

@@ -339,7 +339,7 @@ class UpstreamClient:
         transport = self._transport
         usage: Mapping[str, Any] | None = None
         headers = {**self.observer.headers(), **gateway_headers(), **self._session, "content-type": "application/json"}
-        request = transport.request("POST", path, is_observed=False, encode=encode, headers=headers)
+        request = transport.request("POST", path, is_generation=True, is_observed=False, encode=encode, headers=headers)
         async with request as response:
             await transport.raise_for_status(response)
             if response.content_type == "application/json":  # an error rather than a stream, whatever its status

@@ -140,7 +140,7 @@ class UpstreamTransport:
         path: str,
         *,
         is_check: bool = False,
-        counts_success: bool = True,
+        is_generation: bool = False,
         is_observed: bool = True,
         encode: Callable[[], bytes] | None = None,
         headers: Mapping[str, str] = MappingProxyType({}),
@@ -148,10 +148,10 @@ class UpstreamTransport:
     ) -> _Exchange:
         """Return a context manager around the upstream's response. Leaving it closes an unread response.
 
-        A check is not retried, does not count for the circuit breaker and is not observed. With `counts_success=False`
-        a success does not reset the breaker's count of failures: it does not prove that generation works. `encode`
-        builds the body. It is called for each attempt, so that a large body is not kept until the response ends.
-        `generated_by` is the model of a generation that is passed through, which the observer counts by its outcome.
+        A check is not retried, does not count for the circuit breaker and is not observed. `is_generation` says that a
+        success proves to the breaker that the upstream generates, and so does `generated_by`: the model of a generation
+        that is passed through, which the observer counts by its outcome. `encode` builds the body. It is called for
+        each attempt, so that a large body is not kept until the response ends.
         """
         if is_check or self._pooled is None:
             timeouts = self._check_timeout if is_check else self._timeout
@@ -159,7 +159,8 @@ class UpstreamTransport:
         else:
             send = partial(self._pooled.send, method, path, encode, headers=headers)
         observed_path = path if is_observed and not is_check else ""
-        return _Exchange(self, send, is_check, counts_success and not is_check, method, observed_path, generated_by)
+        is_generation = is_generation or bool(generated_by)
+        return _Exchange(self, send, is_check, is_generation, method, observed_path, generated_by)
 
     async def _send_request(
         self,
@@ -195,7 +196,6 @@ class UpstreamTransport:
             method,
             path,
             is_check=is_check,
-            counts_success=False,
             is_observed=is_observed,
             encode=encode,
             headers=headers,
@@ -319,7 +319,7 @@ class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
         transport: UpstreamTransport,
         send: partial[Any],
         is_check: bool,
-        counts_success: bool,
+        is_generation: bool,
         method: str,
         observed_path: str,
         generated_by: str,
@@ -327,7 +327,7 @@ class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
         self._transport = transport
         self._send = send
         self._is_check = is_check
-        self._counts_success = counts_success
+        self._is_generation = is_generation
         self._method = method
         self._observed_path = observed_path  # empty if the request is not observed
         self._generated_by = generated_by  # empty if the request is not counted
@@ -360,8 +360,8 @@ class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
         if error is not None:
             self._fail(error, is_counted=is_failure(response.status))
             return
-        if self._counts_success and not is_failure(response.status):
-            self._transport.breaker.succeed()
+        if not self._is_check and not is_failure(response.status):
+            self._transport.breaker.succeed(is_generation=self._is_generation and response.ok)
         if self._generated_by:
             self._transport.observer.passed_through(self._generated_by, response.status, None)
         if self._observed is not None:

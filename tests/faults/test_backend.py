@@ -71,7 +71,7 @@ def test_five_failed_connections_in_a_row_open_the_breaker(clock: Clock) -> None
     breaker = Breaker(clock)
     for _ in range(FAILURES - 1):
         assert not breaker.fail_to_connect()
-    breaker.succeed()
+    breaker.succeed(is_generation=False)
     open_by_connections(breaker)
     assert (breaker.is_closed, breaker.is_due, breaker.wait_s) == (False, False, OPEN_S)
     clock.now += OPEN_S - 0.001
@@ -101,11 +101,14 @@ def test_health_checks_for_suspicions_are_rate_limited(clock: Clock) -> None:
     assert calls == 20
 
 
-def test_a_success_resets_the_count_of_suspicions(clock: Clock) -> None:
+def test_only_a_generation_resets_the_count_of_suspicions(clock: Clock) -> None:
     breaker = Breaker(clock)
     for _ in range(100):
         assert not any(breaker.suspect() for _ in range(FAILURES - 1))
-        breaker.succeed()
+        breaker.succeed(is_generation=True)
+    assert not any(breaker.suspect() for _ in range(FAILURES - 1))
+    breaker.succeed(is_generation=False)
+    assert breaker.suspect()
 
 
 def test_after_the_wait_a_health_check_closes_or_reopens_the_breaker(clock: Clock) -> None:

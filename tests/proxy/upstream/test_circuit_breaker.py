@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import AsyncIterator
 from itertools import repeat
@@ -103,6 +104,34 @@ async def test_a_single_upstream_that_answers_but_generates_nothing_stays_out(se
         for _ in range(3):
             assert not await engine.is_healthy()
         assert len(fake.requests) == 1
+        await engine.close()
+
+
+@pytest.mark.parametrize("fault", ["", "refuse"])
+async def test_answers_that_prove_nothing_do_not_put_off_the_health_check(
+    session: aiohttp.ClientSession, fault: str
+) -> None:
+    async with FakeVLLM().serve() as fake:
+        engine = UpstreamClient(fake.url, session, breaker=Breaker(still_clock))
+
+        async def relay_generation() -> int:
+            request = json.dumps({"model": MODEL, "prompt": TEXT}).encode()
+            async with engine.relay("POST", "/v1/completions", request, {}, MODEL) as response:
+                return response.status
+
+        for _ in range(FAILURES):
+            assert engine._transport._checking is None
+            fake.fault = fault
+            if fault:
+                assert await relay_generation() == 400
+            else:
+                async with engine.relay("GET", "/v1/models", b"", {}) as response:
+                    assert response.status == 200
+            fake.fault = "broken"
+            assert await relay_generation() == 500
+        assert engine._transport._checking is not None
+        await engine._transport.check()
+        assert engine.circuit_breaker == "open"
         await engine.close()
 
 
