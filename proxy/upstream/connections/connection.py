@@ -126,9 +126,10 @@ class UpstreamConnection(asyncio.Protocol):
             self.data_received(early)
         return head
 
-    def expire(self) -> None:
-        """End the wait for the head of a response, with the error that aiohttp uses for silence."""
-        self._end(aiohttp.SocketTimeoutError("Timeout on reading data from socket"))
+    def expire(self, head: asyncio.Future[PooledResponse]) -> None:
+        """End the wait for the head of a response, unless it has come, with the error that aiohttp uses for silence."""
+        if self._head is head and not head.done():
+            self._end(aiohttp.SocketTimeoutError("Timeout on reading data from socket"))
 
     def close(self) -> None:
         """Close the connection."""

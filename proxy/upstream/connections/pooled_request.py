@@ -97,7 +97,7 @@ class PooledRequests:
         serialised = self._serialise(template, method, path, headers, b"" if encode is None else encode())
         connection = self._take() or await self._open(connector, template)
         head = connection.send(serialised)
-        timer = asyncio.get_running_loop().call_later(self._timeout.sock_read or 0, connection.expire)
+        timer = asyncio.get_running_loop().call_later(self._timeout.sock_read or 0, connection.expire, head)
         try:
             return await head
         except BaseException:

@@ -435,3 +435,21 @@ async def test_a_response_that_came_before_the_request_is_returned() -> None:
         connection = UpstreamConnection(opened, freed.append)
         response = await connection.send(b"GET / HTTP/1.1\r\n\r\n")
         assert (response.status, await body(response), freed) == (200, b"ok", [connection])
+
+
+async def test_a_deadline_that_passes_as_the_response_begins_ends_neither_it_nor_the_next_one() -> None:
+    async with RawServer().serve() as server, opened_by_aiohttp(server.url) as opened:
+        freed: list[UpstreamConnection] = []
+        connection = UpstreamConnection(opened, freed.append)
+        head = connection.send(b"GET / HTTP/1.1\r\n\r\n")
+        connection.data_received(CHUNKED + b"2\r\nok\r\n")
+        connection.expire(head)
+        connection.data_received(b"0\r\n\r\n")
+        assert (await body(await head), freed) == (b"ok", [connection])
+        following = connection.send(b"GET / HTTP/1.1\r\n\r\n")
+        connection.expire(head)
+        assert not following.done()
+        connection.expire(following)
+        with pytest.raises(aiohttp.SocketTimeoutError):
+            await following
+        connection.close()
