@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from typing import Final
+from weakref import WeakSet
 
 import aiohttp
 import httptools
+from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
@@ -29,6 +31,8 @@ _INFORMATIONAL: Final = range(100, 200)
 _SWITCHING_PROTOCOLS: Final = 101
 _TRANSFER_ENCODINGS: Final = ("chunked", "identity")
 _CLOSED: Final = "Connection closed"
+_HANDED_BACK: Final = WeakSet[ResponseHandler]()
+"""aiohttp's protocols of connections that have served a request and were returned to its pool."""
 
 
 class PooledResponse:
@@ -85,7 +89,7 @@ class UpstreamConnection(asyncio.Protocol):
         if transport is None or handler is None or transport.is_closing():
             raise aiohttp.ServerDisconnectedError
         self._early, handler._tail = handler._tail, b""  # a busy server may refuse a connection before any request
-        if handler.should_close:
+        if handler.should_close or (self._early and handler in _HANDED_BACK):  # those bytes answer no request
             raise aiohttp.ServerDisconnectedError
         self.free_since = 0.0  # by the loop's clock
         self._transport = transport
@@ -139,6 +143,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def hand_back(self) -> None:
         """Return the connection to the pool of aiohttp."""
+        _HANDED_BACK.add(self._handler)
         self._transport.set_protocol(self._handler)
         self._opened.release()
 

@@ -308,6 +308,29 @@ async def test_a_limit_on_connections_lets_a_waiting_request_use_a_free_one() ->
         assert not requests._free
 
 
+async def test_bytes_that_arrive_in_the_pool_of_aiohttp_answer_no_request() -> None:
+    async with RawServer().serve() as server, requests_to(server.url, limit=1) as requests:
+        asking = asyncio.create_task(post(requests))
+        reader, writer = await server.asked()
+        writer.write(OK)
+        assert await body(await asking) == b"ok"
+        connector = requests._session.connector
+        assert connector is not None
+        [[(handler, _)]] = connector._conns.values()
+        writer.write(OK.replace(b"ok", b"no"))
+        for _ in repeat(None):
+            if handler.should_close:  # it has received the bytes
+                break
+            await asyncio.sleep(0)
+        with pytest.raises(aiohttp.ServerDisconnectedError):
+            await post(requests)
+        assert await reader.read() == b""
+        asking = asyncio.create_task(post(requests))
+        _, writer = await server.asked()  # a new connection
+        writer.write(OK)
+        assert await body(await asking) == b"ok"
+
+
 async def test_closing_the_session_closes_free_connections_and_ends_bodies() -> None:
     async with RawServer().serve() as server:
         async with requests_to(server.url) as requests:
