@@ -110,10 +110,13 @@ class PooledRequests:
             timer.cancel()
 
     def _take(self) -> UpstreamConnection | None:
-        """Return the connection that has been free for the longest, if there is one that can be used."""
+        """Return the connection that was freed last, if there is one that can be used.
+
+        A server is least likely to be about to close that one, and connections that only a burst needed stay unused.
+        """
         free, loop = self._free, asyncio.get_running_loop()
         while free:
-            connection = free.popleft()
+            connection = free.pop()
             if connection.is_open and loop.time() - connection.free_since <= KEEP_ALIVE_S:
                 return connection
             connection.close()

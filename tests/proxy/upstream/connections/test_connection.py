@@ -290,6 +290,15 @@ async def test_a_connection_that_is_free_for_too_long_is_closed(monkeypatch: pyt
         assert not requests._free
 
 
+async def test_the_connection_that_was_freed_last_is_used_first() -> None:
+    async with ScriptedServer([OK] * 3).serve() as server, requests_to(server.url) as requests:
+        asking = [asyncio.create_task(post(requests)) for _ in range(2)]
+        assert [await body(await response) for response in asking] == [b"ok"] * 2
+        oldest, newest = requests._free
+        assert await body(await post(requests)) == b"ok"
+        assert [*requests._free] == [oldest, newest]
+
+
 async def test_an_expired_connection_is_not_used_before_the_timer_has_closed_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
