@@ -42,12 +42,12 @@ async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -
     """Return the result of `work`. If the client disconnects, cancel `work`, await it and raise ClientDisconnected."""
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     watcher: asyncio.Task[None] | None = None
-    has_disconnected = False
+    has_disconnected = has_ended = False
 
     def on_disconnect(_: asyncio.Task[None]) -> None:
         nonlocal has_disconnected
         has_disconnected = True
-        if task is not None:
+        if task is not None and not has_ended:
             task.cancel()
 
     def watch() -> None:
@@ -63,6 +63,7 @@ async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -
             raise ClientDisconnected from None
         raise
     finally:
+        has_ended = True  # `on_disconnect` may be scheduled already, and then it cannot be removed
         timer.cancel()
         if watcher is not None:
             watcher.remove_done_callback(on_disconnect)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import pytest
 from starlette.types import Message
 
+from proxy.http import sse
 from proxy.http.response_cycle import SEND_PIECE
 from proxy.http.sse import StreamedResponse
 from proxy.upstream.body_tap import BodySink
@@ -42,3 +43,25 @@ async def _keep(kept: list[T], sent: T) -> None:
 
 async def _never() -> Any:
     await asyncio.get_running_loop().create_future()
+
+
+async def test_a_disconnect_in_the_turn_in_which_the_work_ends_cancels_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sse, "WATCH_AFTER_S", 0.0)
+    loop = asyncio.get_running_loop()
+    end, watching = loop.create_future(), asyncio.Event()
+
+    async def receive() -> Message:
+        watching.set()
+        await end
+        return {"type": "http.disconnect"}
+
+    async def work() -> str:
+        await watching.wait()
+        loop.call_soon(end.set_result, None)  # wakes the watcher first
+        await end
+        return "done"
+
+    assert await sse.cancel_on_disconnect(receive, work()) == "done"
+    await asyncio.sleep(0)  # raises CancelledError if this task has been cancelled
