@@ -166,6 +166,7 @@ def commands(url: str, request: str, gone: str) -> Iterator[list[str]]:
     yield ["store", "forget", f"--store={STORE}", f"--request-id={gone}"]
     yield ["label", f"--store={STORE}", "--references=q.jsonl"]
     yield ["requests", "list", f"--store={STORE}"]
+    yield ["keys", "usage", f"--store={STORE}"]
     yield ["trace", "show", request, f"--store={STORE}"]
     yield ["parity", f"--store={STORE}", "--shuffles=2"]
     yield ["evaluate", f"--recordings={STORE}", "--controllers=asc@8", "--betas=0.5", *few]
