@@ -73,6 +73,17 @@ class RawServer:
         return reader, writer
 
 
+async def first_exchange(
+    server: RawServer, requests: PooledRequests
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Open a connection by a request that is answered, and return the server's side of it."""
+    asking = asyncio.create_task(post(requests))
+    reader, writer = await server.asked()
+    writer.write(OK)
+    assert await body(await asking) == b"ok"
+    return reader, writer
+
+
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
@@ -233,10 +244,7 @@ async def test_an_endless_head_or_trailer_is_cut_off(beginning: bytes, endless: 
 
 async def test_a_free_connection_that_the_server_closes_is_not_used() -> None:
     async with RawServer().serve() as server, requests_to(server.url) as requests:
-        asking = asyncio.create_task(post(requests))
-        _, writer = await server.asked()
-        writer.write(OK)
-        assert await body(await asking) == b"ok"
+        _, writer = await first_exchange(server, requests)
         [free] = requests._free
         writer.close()
         for _ in repeat(None):
@@ -252,10 +260,7 @@ async def test_a_free_connection_that_the_server_closes_is_not_used() -> None:
 async def test_a_stale_connection_raises_an_error_that_allows_a_retry() -> None:
     """The server closes the connection while the next request is on its way."""
     async with RawServer().serve() as server, requests_to(server.url) as requests:
-        asking = asyncio.create_task(post(requests))
-        reader, writer = await server.asked()
-        writer.write(OK)
-        assert await body(await asking) == b"ok"
+        reader, writer = await first_exchange(server, requests)
         asking = asyncio.create_task(post(requests))
         await reader.readuntil(b"{}")
         writer.close()
@@ -266,10 +271,7 @@ async def test_a_stale_connection_raises_an_error_that_allows_a_retry() -> None:
 
 async def test_bytes_that_were_not_requested_close_a_free_connection() -> None:
     async with RawServer().serve() as server, requests_to(server.url) as requests:
-        asking = asyncio.create_task(post(requests))
-        reader, writer = await server.asked()
-        writer.write(OK)
-        assert await body(await asking) == b"ok"
+        reader, writer = await first_exchange(server, requests)
         [free] = requests._free
         writer.write(OK)
         assert await reader.read() == b""
@@ -319,10 +321,7 @@ async def test_a_limit_on_connections_lets_a_waiting_request_use_a_free_one() ->
 
 async def test_bytes_that_arrive_in_the_pool_of_aiohttp_answer_no_request() -> None:
     async with RawServer().serve() as server, requests_to(server.url, limit=1) as requests:
-        asking = asyncio.create_task(post(requests))
-        reader, writer = await server.asked()
-        writer.write(OK)
-        assert await body(await asking) == b"ok"
+        reader, writer = await first_exchange(server, requests)
         connector = requests._session.connector
         assert connector is not None
         [[(handler, _)]] = connector._conns.values()
@@ -403,10 +402,7 @@ async def test_a_cancelled_request_closes_its_connection() -> None:
 
 async def test_a_request_that_is_cancelled_after_its_response_leaves_the_connection_to_another() -> None:
     async with RawServer().serve() as server, requests_to(server.url) as requests:
-        opened = asyncio.create_task(post(requests))
-        reader, writer = await server.asked()
-        writer.write(OK)
-        assert await body(await opened) == b"ok"
+        reader, writer = await first_exchange(server, requests)
         [connection] = requests._free
         asking = asyncio.create_task(post(requests))
         await reader.readuntil(b"{}")
@@ -423,10 +419,7 @@ async def test_a_request_that_is_cancelled_after_its_response_leaves_the_connect
 
 async def test_a_response_to_a_cancelled_request_does_not_free_the_connection() -> None:
     async with RawServer().serve() as server, requests_to(server.url) as requests:
-        opened = asyncio.create_task(post(requests))
-        reader, writer = await server.asked()
-        writer.write(OK)
-        assert await body(await opened) == b"ok"
+        reader, _ = await first_exchange(server, requests)
         [connection] = requests._free
         asking = asyncio.create_task(post(requests))
         await reader.readuntil(b"{}")
