@@ -7,7 +7,7 @@ from traceback import walk_tb
 from typing import Any, Protocol, TypeVar
 
 from controllers.actions import Action, Fact
-from controllers.environment import Environment, SynchronousEnvironment
+from controllers.environment import Environment
 from controllers.errors import ControllerError
 from controllers.state import Round, State, Stop
 
@@ -39,7 +39,7 @@ Factory = Callable[[float], Controller]
 
 async def run_episode(
     controller: Controller | RemoteController,
-    environment: Environment | SynchronousEnvironment,
+    environment: Environment,
     state: State,
     on_round: Callable[[State, Round], None] | None = None,
 ) -> State:

@@ -19,6 +19,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from controllers.errors import ControllersError
+from deploy.embedded import SERVED_MODEL_NAME
 from discovery.commands.calibrate import calibrate_command
 from discovery.commands.collect import collect_command
 from discovery.commands.discover import discover
@@ -64,9 +65,6 @@ if TYPE_CHECKING:
 
 BAD_INPUT = 2
 """Exit status for invalid input, and for tasks that the machine cannot do."""
-
-EMBEDDED_MODEL = "autotts-tiny"
-"""Name of the embedded model, which knows one kind of question."""
 
 READERS_OF_PLACES = frozenset(
     {"controllers", "import", "keys", "label", "parity", "promote", "requests", "rollback", "store", "trace"}
@@ -240,7 +238,7 @@ async def _serve(settings: Settings) -> None:
             model = await _example_model(ready)
             url = base_url(settings.host, listening.getsockname()[1])
             has_ui = settings.ui and settings.workers == 1
-            is_embedded = settings.upstream is None or model == EMBEDDED_MODEL
+            is_embedded = settings.upstream is None or model == SERVED_MODEL_NAME
             has_keys = settings.keys is not None or settings.client_keys is not None
             text = welcome(url, model, is_embedded=is_embedded, has_keys=has_keys, has_ui=has_ui)
             await (server.serve(sockets=[listening]) if supervisor is None else supervisor.run(listening))
@@ -317,12 +315,10 @@ def base_url(host: str, port: int) -> str:
 
 def welcome(url: str, model: str | None, *, is_embedded: bool, has_keys: bool = False, has_ui: bool = True) -> str:
     """Return the text printed at start: a curl command and a Python snippet that work against this server."""
-    from deploy.embedded.task import EXAMPLE
+    from proxy.first_question import first_question
 
     model = model or "MODEL"
-    question, answer = "What is 17 * 23? Put the answer in \\boxed{}.", "391"
-    if is_embedded:
-        question, answer = EXAMPLE.question, EXAMPLE.answer
+    question, answer = first_question(is_embedded=is_embedded)
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": question}]}, ensure_ascii=False)
     key = "YOUR_KEY" if has_keys else "unused"
     headers = ["content-type: application/json", "x-tts-beta: 0.5", *(["authorization: Bearer YOUR_KEY"] * has_keys)]

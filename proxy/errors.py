@@ -76,10 +76,8 @@ class BadRequest(ApiError):
     type = "invalid_request_error"
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        if code is None:
-            super().__init__(message, param=param, code="invalid_request" if param is None else "invalid_value")
-        else:
-            super().__init__(message, param=param, code=code)
+        default_code = "invalid_request" if param is None else "invalid_value"
+        super().__init__(message, param=param, code=code or default_code)
 
 
 class Unauthorised(ApiError):
@@ -197,6 +195,7 @@ class UpstreamError(ApiError):
     type = "upstream_error"
     default_code: str | None = None  # of errors that are made without one
     is_unanswered = False  # whether the upstream had not begun a response, so that another may get the request
+    is_request_at_fault = False  # whether the request itself is invalid, so that the upstream has not failed
     is_upstream_counted = False  # whether autotts_upstream_requests_total has it
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
@@ -258,10 +257,7 @@ class UpstreamDisconnected(UpstreamProtocolError):
 
 
 class UpstreamRefused(UpstreamError):
-    """The upstream returned an error. A 4xx status is kept, because the request caused it; 401 and 403 are not.
-
-    `is_request_at_fault` says whether the request itself is invalid, so that the error is no failure of the upstream.
-    """
+    """The upstream returned an error. A 4xx status is kept, because the request caused it; 401 and 403 are not."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None) -> None:
         super().__init__(message, param=param, code="upstream_refused")

@@ -22,10 +22,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from deploy.embedded import mends
+from deploy.embedded import SERVED_MODEL_NAME, mends
 
 MODEL = Path(__file__).with_name("model")
-SERVED_MODEL_NAME = "autotts-tiny"
 
 # One thread and no separate worker process: a model this small does not run faster with more.
 ENVIRONMENT = {

@@ -78,7 +78,7 @@ class ReplayEnvironment:
         return self.carry_out(actions)
 
     def carry_out(self, actions: Sequence[Action]) -> Sequence[Fact]:
-        """Execute one round. A method of its own, because compiled coroutines keep their variables in an object."""
+        """Carry out one round at once, as a `SynchronousEnvironment` does."""
         facts: list[Fact] = []
         left, steps, probes, labels = self._left, self._steps, self._probes, self._labels
         probe_facts, charged = self._probe_facts, self._charged

@@ -15,7 +15,7 @@ from discovery.evaluation.evaluate import DEFAULT_WEIGHTS, AnswerComparison, Eva
 from discovery.evaluation.replay_jobs import ReplayRules
 from discovery.evaluation.score_set import ScoreSet, score_controllers
 from discovery.evaluation.sources import RecordingSource
-from discovery.promotion.conditions import DEFAULT_TERMS, Condition, GateTerms, check_held_out
+from discovery.promotion.conditions import DEFAULT_TERMS, GateTerms
 from discovery.promotion.ledger import DISTURBED, FREE_DISTURBANCES, Ledger, fingerprint, shorten_ids
 from discovery.promotion.searched_questions import SearchedQuestions
 from discovery.promotion.verdict import GateReport
@@ -58,10 +58,6 @@ class Comparison:
     def count_searched(self, questions: Sequence[str]) -> int | None:
         """Return how many of the questions the search for the finalist has seen; None if that is unknown."""
         return None if self.searched is None else self.searched.count(questions)
-
-    def check_questions(self, cells: Sequence[Cell], questions: Sequence[str]) -> Condition:
-        """Check that no search has seen these questions of the cells."""
-        return check_held_out(cells, self.count_searched(questions))
 
     def replay(self, source: RecordingSource, cells: Sequence[Cell]) -> ScoreSet:
         """Return the scores of both. Raises GateError if the champion fails, and the errors of `Evaluation.run`."""

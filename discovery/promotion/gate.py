@@ -27,7 +27,7 @@ from discovery.evaluation.evaluate import AnswerComparison
 from discovery.evaluation.replay_jobs import ReplayRules
 from discovery.evaluation.sources import RecordingSource, open_source, select_cells
 from discovery.promotion.comparison import Comparison
-from discovery.promotion.conditions import GateTerms
+from discovery.promotion.conditions import GateTerms, check_held_out
 from discovery.promotion.ledger import Ledger, check_ledger, fingerprint
 from discovery.promotion.power_plan import PowerPlan, make_plan
 from discovery.promotion.searched_questions import check_not_card, searched_questions
@@ -50,11 +50,11 @@ def run_gate(source: RecordingSource, cells: Sequence[Cell], comparison: Compari
     ledger = Ledger(place)
     questions = sorted({one.question for cell in cells for one in source.load(cell)})
     split = fingerprint(questions, (cell.model for cell in cells))
-    unseen = comparison.check_questions(cells, questions)
+    searched = comparison.count_searched(questions)
+    unseen = check_held_out(cells, searched)
     if recorded := _recorded(ledger, split, comparison):
         return recorded.narrowed(unseen)
     measured = comparison.judged_replay(source, cells, ledger, questions)
-    searched = comparison.count_searched(questions)
     context = (comparison.advice, split, comparison.now, comparison.who, comparison.model, searched)
     with ledger.locked():
         if recorded := _recorded(ledger, split, comparison):  # another process has judged it meanwhile

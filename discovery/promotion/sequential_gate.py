@@ -32,6 +32,7 @@ from discovery.promotion.conditions import (
     afs_gains,
     check_cells,
     check_failures,
+    check_held_out,
     check_path,
     check_source,
     check_without_each_model,
@@ -102,7 +103,8 @@ class _Look:
         Without the card of the search, the finding of the look `before` stands.
         """
         tested = {} if state is None else state.gains
-        unseen = self._comparison.check_questions(self._cells, [*self._branches_by_id, *tested])
+        searched = self._comparison.count_searched([*self._branches_by_id, *tested])
+        unseen = check_held_out(self._cells, searched)
         if before is None or self._comparison.searched is not None:
             return unseen
         return next((one for one in before.failed if one.name == HELD_OUT), unseen)

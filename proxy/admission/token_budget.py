@@ -294,9 +294,9 @@ class RateLimit:
 
 
 def retry_after(seconds: float, draw: Callable[[], float] = random) -> str:
-    """Return a `retry-after` header: a whole number from 1 to 60 that is at least `seconds`, if these are not more.
+    """Return a `retry-after` header: a whole number of seconds, at least `seconds`, from 1 to 60.
 
-    It is drawn from up to half as long again, at least 2 s, so that the clients of a burst do not return together.
+    Up to half as much again, or 2 s if that is more, is added at random, so that a burst does not return at once.
     """
     least = min(int(MINUTE_S), max(1, math.ceil(seconds)))
     longest = min(int(MINUTE_S), least + max(_LEAST_SPREAD_S, least // 2))

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from deploy.embedded import SERVED_MODEL_NAME
 from deploy.embedded.task import Problem, held_back
 from discovery.answers import canonical_answer
 from discovery.evaluation.paired_statistics import NORMAL_95
@@ -92,7 +93,7 @@ async def _ask_all(
 async def _ask(client: AsyncOpenAI, setting: DemoSetting, problem: Problem) -> AnsweredRequest:
     started = time.perf_counter()
     reply = await client.chat.completions.with_raw_response.create(
-        model="autotts-tiny",
+        model=SERVED_MODEL_NAME,
         messages=[{"role": "user", "content": problem.question}],
         extra_headers={"x-tts-beta": f"{setting.beta:g}"},
         extra_body={"tts": {"controller": setting.controller}} if setting.controller else None,

@@ -27,7 +27,7 @@ import aiohttp
 from rich.console import Console
 from rich.table import Table
 
-from deploy.embedded import task
+from deploy.embedded import SERVED_MODEL_NAME, task
 from discovery.answers import boxed
 from proxy import probe_templates
 from proxy.types import Call, Output
@@ -304,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m proxy.commands.study", description=summary)
     parser.add_argument("--url", default="http://127.0.0.1:8001")
-    parser.add_argument("--model", default="autotts-tiny")
+    parser.add_argument("--model", default=SERVED_MODEL_NAME)
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="seed that selects the held-back problems")
     parser.add_argument("--samples", type=int, default=64, help="branches per problem; at least 64 for SC@64")

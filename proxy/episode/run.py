@@ -18,7 +18,7 @@ from proxy.episode.episode_metrics import count_episode
 from proxy.episode.progress import RoundReport
 from proxy.episode.reply import compose_reply, deadline_error
 from proxy.episode.whole_reply import compose_whole_reply
-from proxy.errors import ApiError, UpstreamError, UpstreamRefused
+from proxy.errors import ApiError, UpstreamError
 from proxy.http import graceful_shutdown
 from proxy.recording.episode_log import EpisodeLog
 from proxy.recording.interval_probes import IntervalProbes
@@ -105,7 +105,7 @@ async def serve_request(
 
 def _is_invalid_request(error: ApiError) -> bool:
     """Return whether the upstream refused a request as invalid before it generated anything."""
-    return isinstance(error, UpstreamRefused) and error.is_request_at_fault and not error.spent
+    return isinstance(error, UpstreamError) and error.is_request_at_fault and not error.spent
 
 
 def _open_environment(engine: Upstream, graders: GraderPool, plan: Plan) -> LiveEnvironment | ReplyEnvironment:
@@ -174,8 +174,8 @@ async def _run_controller(
         logger.warning("%s: controller %s failed: %s", plan.request_id, plan.controller, error)
         state.end(Stop.CONTROLLER_ERROR)
     except UpstreamError as error:
-        is_request_at_fault = isinstance(error, UpstreamRefused) and error.is_request_at_fault
-        logger.log(logging.INFO if is_request_at_fault else logging.WARNING, "%s: %s", plan.request_id, error.logged)
+        level = logging.INFO if error.is_request_at_fault else logging.WARNING
+        logger.log(level, "%s: %s", plan.request_id, error.logged)
         environment.salvage()
         state.end(Stop.UPSTREAM_ERROR)
         return error

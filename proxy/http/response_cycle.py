@@ -155,7 +155,7 @@ class ResponseCycle:
         """Send a piece of the body that is neither its first nor its last. Await the result before the next piece."""
         if self.flow.write_paused or self.disconnected or self.response_complete or not self.response_started:
             return self.send({"type": "http.response.body", "body": piece, "more_body": True})
-        if piece and self._is_chunked and not self._head and not self._is_head_request:
+        if piece and self._is_chunked and not self._head and not self._is_head_request:  # the most frequent case
             self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
         else:
             self._write_body(piece, is_last=False)

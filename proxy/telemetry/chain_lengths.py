@@ -12,6 +12,9 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Final, Protocol
 
+from deploy.embedded import SERVED_MODEL_NAME
+from proxy.settings.sources import EMBEDDED
+
 logger = logging.getLogger(__name__)
 
 MIN_EPISODES: Final = 20
@@ -24,7 +27,7 @@ GOOD_INTERVALS: Final = 8
 """Number of intervals per chain that the suggested Δ aims at."""
 STEP: Final = 16
 """Suggestions are multiples of this many tokens."""
-SHIPPED: Final = frozenset({("autotts-tiny", 32)})
+SHIPPED: Final = frozenset({(SERVED_MODEL_NAME, EMBEDDED["interval"])})
 """Models and intervals that are shipped together, so that nobody need change them: the embedded model's."""
 
 

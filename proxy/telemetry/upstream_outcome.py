@@ -10,7 +10,6 @@ from proxy.errors import (
     UpstreamDisconnected,
     UpstreamError,
     UpstreamProtocolError,
-    UpstreamRefused,
     UpstreamTimeout,
     UpstreamUnreachable,
     is_request_at_fault,
@@ -27,8 +26,8 @@ _FAILURES: Final = {
 
 def outcome_of_failure(error: UpstreamError) -> str:
     """Return the outcome of a request that failed with `error`."""
-    if isinstance(error, UpstreamRefused):
-        return "refused" if error.is_request_at_fault else "failed"
+    if error.is_request_at_fault:
+        return "refused"
     return next((name for kind, name in _FAILURES.items() if isinstance(error, kind)), "failed")
 
 

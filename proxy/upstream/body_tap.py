@@ -90,7 +90,7 @@ class _BodyTap:
         self._last_data = self._loop.time()  # when data last arrived that resets the idle timeout
         self._is_event_stream = is_event_stream
         self._has_last = False  # whether the last piece has been forwarded
-        self._sent: Awaitable[None] | None = None  # last result of the sink that needed no wait: mostly it is the same
+        self._sent: Awaitable[None] | None = None  # a finished result of the sink, which mostly returns the same object
         self._done: asyncio.Future[Awaitable[None] | None] = self._loop.create_future()
 
     async def run(self) -> bool:

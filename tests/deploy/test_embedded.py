@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from deploy.embedded import server, task
+from deploy.embedded import SERVED_MODEL_NAME, server, task
 from deploy.embedded.task import (
     METHODS,
     ArithmeticOperation,
@@ -148,7 +148,7 @@ async def test_without_thinking_the_model_answers_at_once(vllm: str) -> None:
     async with aiohttp.ClientSession() as http:
         for problem in held_back(5):
             body = {
-                "model": server.SERVED_MODEL_NAME,
+                "model": SERVED_MODEL_NAME,
                 "messages": [{"role": "user", "content": problem.question}],
                 "chat_template_kwargs": {"enable_thinking": False},
                 "max_tokens": 32,

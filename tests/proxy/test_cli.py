@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import pytest
 
-from deploy.embedded.server import SERVED_MODEL_NAME
-from proxy.cli import EMBEDDED_MODEL, base_url, welcome
+from deploy.embedded import SERVED_MODEL_NAME
+from proxy.cli import base_url, welcome
 from proxy.upstream.embedded import free_port
 from tests.fakes import MODEL, FakeVLLM
 
@@ -100,9 +100,8 @@ async def test_serve_logs_its_upstream_and_shows_an_example_with_a_served_model(
 
 async def test_serve_shows_a_question_that_the_embedded_model_knows_if_the_upstream_serves_that() -> None:
     async with FakeVLLM().serve() as backend:
-        backend.models = [EMBEDDED_MODEL]
+        backend.models = [SERVED_MODEL_NAME]
         written = await started("--upstream", backend.url)
-    assert EMBEDDED_MODEL == SERVED_MODEL_NAME
     assert "What is the result mod 13?" in written
     assert "The right answer is 1.\n" in written
     assert "17 * 23" not in written

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from openai import AsyncOpenAI
 
-from deploy.embedded.server import SERVED_MODEL_NAME
+from deploy.embedded import SERVED_MODEL_NAME
 from deploy.embedded.task import Problem
 from discovery.answers import canonical_answer
 from discovery.evaluation.paired_statistics import NORMAL_95

@@ -11,9 +11,10 @@ from starlette.responses import Response
 
 from controllers.builtin import ADMIN_ONLY, BUILT_IN
 from controllers.loading import discovered
-from deploy.embedded.task import EXAMPLE
+from deploy.embedded import SERVED_MODEL_NAME
 from discovery.errors import StoreError
 from proxy.errors import BadRequest
+from proxy.first_question import first_question
 from proxy.ui.api_calls import call_api
 from proxy.ui.page import Page, PageContext, UiRoute
 from proxy.ui.sentences import TOKEN_KINDS, EndedEpisode, describe_end
@@ -30,7 +31,6 @@ ANSWER_KINDS: Final = (
 )
 RECENT_DAYS: Final = 7
 """Days of requests from which the cost of β is estimated where there is no calibration."""
-_EXAMPLE: Final = "What is 17 * 23? Put the answer in \\boxed{}."
 _COMPLETIONS: Final = "/v1/chat/completions"
 
 
@@ -39,7 +39,6 @@ async def show(context: PageContext) -> Response:
     service = context.service
     await service.health_monitor.is_ready()  # it updates the list of models, at most once a second
     models = [(model, await _costs(context, model)) for model in service.served]
-    is_embedded = "autotts-tiny" in service.served
     names = sorted({*BUILT_IN, *discovered()} - ADMIN_ONLY)
     settings: dict[str, Any] = {
         "kinds": dict(TOKEN_KINDS),
@@ -53,7 +52,7 @@ async def show(context: PageContext) -> Response:
         champions={model: service.controllers.champion(model).name for model in service.served},
         controllers=names,
         kinds=ANSWER_KINDS,
-        example=EXAMPLE.question if is_embedded else _EXAMPLE,
+        example=first_question(is_embedded=SERVED_MODEL_NAME in service.served).question,
         settings=settings,
     )
 

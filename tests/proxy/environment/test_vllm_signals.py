@@ -10,7 +10,7 @@ import pytest
 
 from controllers import TO_END, Advanced, Probed, advance, branch, probe
 from controllers.signals import ALL_SIGNALS
-from deploy.embedded.server import SERVED_MODEL_NAME as MODEL
+from deploy.embedded import SERVED_MODEL_NAME as MODEL
 from deploy.embedded.task import held_back
 from discovery.answers import parse_kind
 from proxy.environment.live_environment import LiveEnvironment

@@ -1,4 +1,4 @@
-"""What the writer of records keeps of each request once it has queued the record."""
+"""Tests of the owners of recent requests, which the store writer keeps in memory."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ pytest.importorskip("tokenizers", reason="the extra `embedded` is not installed;
 from tokenizers import Tokenizer
 
 from controllers import Fact, Round, advance, branch, probe
-from deploy.embedded import server
+from deploy.embedded import SERVED_MODEL_NAME, server
 from deploy.embedded.task import held_back
 from discovery.answers import parse_kind
 from proxy.environment.live_environment import LiveEnvironment
@@ -27,7 +27,7 @@ from tests.dictated import id_of, ids_of
 
 pytestmark = pytest.mark.vllm
 
-MODEL = server.SERVED_MODEL_NAME
+MODEL = SERVED_MODEL_NAME
 SEAMS = int(os.environ.get("SOAK_SEAMS", "60"))
 """Number of requests that continue a branch, in each random test."""
 CODE = "47xz11"

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from deploy.embedded.server import SERVED_MODEL_NAME
+from deploy.embedded import SERVED_MODEL_NAME
 from deploy.embedded.task import held_back
 from proxy.environment.live_environment import LiveEnvironment
 from proxy.server import running
