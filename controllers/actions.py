@@ -41,29 +41,44 @@ __all__ = [
 ]
 
 
+@lru_cache(maxsize=64, typed=True)
+def _branch(intervals: int) -> Action:
+    return Action(Verb.BRANCH, -1, intervals)
+
+
 @lru_cache(maxsize=4096, typed=True)
-def _make(verb: Verb, index: int, intervals: int) -> Action:
-    return Action(verb, index, intervals)
+def _advance(index: int, intervals: int) -> Action:
+    return Action(Verb.CONTINUE, index, intervals)
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _probe(index: int) -> Action:
+    return Action(Verb.PROBE, index)
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _prune(index: int) -> Action:
+    return Action(Verb.PRUNE, index)
 
 
 def branch(intervals: int = 1) -> Action:
     """Open a branch and run its first `intervals`. Its id is the number of branches opened before it."""
-    return _make(Verb.BRANCH, -1, intervals)
+    return _branch(intervals)
 
 
 def advance(index: int, intervals: int = 1) -> Action:
     """Run branch `index` for `intervals` more, or to its end with TO_END."""
-    return _make(Verb.CONTINUE, index, intervals)
+    return _advance(index, intervals)
 
 
 def probe(index: int) -> Action:
     """Probe branch `index`: ask what it would answer now."""
-    return _make(Verb.PROBE, index, 0)
+    return _probe(index)
 
 
 def prune(index: int) -> Action:
     """Prune branch `index`: it is neither advanced nor probed again."""
-    return _make(Verb.PRUNE, index, 0)
+    return _prune(index)
 
 
 def answer(label: int | None) -> Action:

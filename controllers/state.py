@@ -285,7 +285,7 @@ class State:
                     if fact.finished:
                         self._finish(fact)
                     branch, tokens = branches[index], fact.tokens
-                    if fact.confidence is not None or branch.log_probability is not None:
+                    if fact.confidence is not None:
                         branch.add_signals(fact)
                     branch.intervals += fact.intervals
                     branch.tokens += tokens

@@ -12,7 +12,7 @@ from controllers.core.action_types import Advanced
 from controllers.signals import LOG_CONFIDENCE, confidence_of
 
 _FIELDS: Final = (
-    *("finished", "intervals", "label", "log_probability", "lowest"),
+    *("_log_probability", "_lowest", "_signalled", "finished", "intervals", "label"),
     *("probe_confidence", "probe_tokens", "probed", "pruned", "tokens"),
 )
 
@@ -30,10 +30,22 @@ class Branch:
         self.probed = 0  # intervals it had run when it was last probed
         self.finished = False
         self.pruned = False
-        # signals; None if unknown, as they are to a controller that does not declare them
-        self.log_probability: float | None = None  # of all its tokens, in nats; at most 0
-        self.lowest: int | None = None  # confidence of its least confident window, in per mille
         self.probe_confidence: int | None = None  # confidence of its latest probe before its end, in per mille
+        self._signalled = 0  # tokens whose signals are known
+        self._log_probability = 0.0  # of them, in nats
+        self._lowest: int | None = None  # confidence of the least confident window in them, in per mille
+
+    # Signals are None if unknown, as they are to a controller that does not declare them.
+
+    @property
+    def log_probability(self) -> float | None:
+        """Log probability of all its tokens, in nats, at most 0; None if that of a part is unknown."""
+        return self._log_probability if self._signalled and self._signalled == self.tokens else None
+
+    @property
+    def lowest(self) -> int | None:
+        """Confidence of its least confident window, in per mille; None if a part of the branch is unknown."""
+        return self._lowest if self._signalled == self.tokens else None
 
     @property
     def confidence(self) -> int | None:
@@ -54,18 +66,13 @@ class Branch:
         return f"<Branch {fate} intervals={self.intervals} tokens={self.tokens} label={self.label}>"
 
     def add_signals(self, fact: Advanced) -> None:
-        """Add the signals of a fact. Call it before the fact's tokens are added.
-
-        The sum stays unknown once a part of the branch is unknown.
-        """
-        if not fact.tokens:
+        """Add the signals of a fact whose confidence is known."""
+        if fact.confidence is None or not fact.tokens:
             return
-        if fact.confidence is None or (self.log_probability is None and self.tokens):
-            self.log_probability = self.lowest = None
-            return
-        self.log_probability = (self.log_probability or 0.0) + fact.tokens * LOG_CONFIDENCE[fact.confidence]
+        self._signalled += fact.tokens
+        self._log_probability += fact.tokens * LOG_CONFIDENCE[fact.confidence]
         if fact.lowest is not None:
-            self.lowest = fact.lowest if self.lowest is None else min(self.lowest, fact.lowest)
+            self._lowest = fact.lowest if self._lowest is None else min(self._lowest, fact.lowest)
 
 
 def rebuild(kind: Callable[..., object], arguments: tuple[object, ...], fields: Mapping[str, object]) -> object:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
@@ -283,14 +283,8 @@ class _JobRunner:
         return lambda remote: self._play(lambda: remote, *self.episodes[at], keep, high_limits)
 
     def _limits(self, recording: Recording, high_limits: bool = False) -> Limits:
-        branch, cap = UNREACHABLE_LIMITS if high_limits else (None, None)
-        return Limits(
-            recording.interval,
-            min(self._rules.max_branches, recording.branches),
-            branch,
-            max_tokens=cap,
-            has_probes=recording.has_probes,
-            has_pauses=recording.has_probes,
+        return _limits(
+            recording.interval, min(self._rules.max_branches, recording.branches), recording.has_probes, high_limits
         )
 
     async def _play(
@@ -356,6 +350,13 @@ class _JobRunner:
         return _EpisodeResult(
             _wrong([0] * len(OUTCOME_COLUMNS)), message, False, state, (), self._begin_trace(recording), False
         )
+
+
+@lru_cache(maxsize=256)
+def _limits(interval: int, branches: int, has_probes: bool, high_limits: bool) -> Limits:
+    """Return the limits of an episode. They are the same for many, and are made once."""
+    branch, cap = UNREACHABLE_LIMITS if high_limits else (None, None)
+    return Limits(interval, branches, branch, max_tokens=cap, has_probes=has_probes, has_pauses=has_probes)
 
 
 def _keep_round(
