@@ -64,18 +64,22 @@ class HeldOutScores:
         return cheapest_at_accuracy([(point.tokens, point.accuracy) for point in points], accuracy)
 
     def predictions(self, before: str, after: str, beta: float, count: int) -> dict[str, LiveEstimate]:
-        """Return what is predicted of `count` live questions: accuracies in percent, tokens, and their differences."""
+        """Return what is predicted of `count` live questions: accuracies in percent, tokens, and their differences.
+
+        The intervals hold all together with at least 95 %.
+        """
         right, tokens = (
             [self._column(name, beta, column) for name in (before, after)] for column in ("right", "tokens")
         )
-        return {
-            "accuracy before": predict(100 * right[0], count),
-            "accuracy after": predict(100 * right[1], count),
-            "accuracy gained": predict(100 * (right[1] - right[0]), count),
-            "tokens before": predict(tokens[0], count),
-            "tokens after": predict(tokens[1], count),
-            "tokens added": predict(tokens[1] - tokens[0], count),
+        episodes = {
+            "accuracy before": 100 * right[0],
+            "accuracy after": 100 * right[1],
+            "accuracy gained": 100 * (right[1] - right[0]),
+            "tokens before": tokens[0],
+            "tokens after": tokens[1],
+            "tokens added": tokens[1] - tokens[0],
         }
+        return {name: predict(values, count, figures=len(episodes)) for name, values in episodes.items()}
 
     def _column(self, name: str, beta: float, column: str) -> NDArray[np.float64]:
         return self.score(name, beta).column(column).astype(np.float64)

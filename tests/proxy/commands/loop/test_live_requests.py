@@ -32,6 +32,20 @@ def test_new_questions_are_inside_their_prediction_about_95_times_in_100() -> No
     assert 0.925 <= inside / 400 <= 0.975
 
 
+def test_six_predictions_hold_together_at_least_95_times_in_100() -> None:
+    rng = np.random.default_rng(8)
+    together = 0
+    for _ in range(400):
+        recorded, fresh = rng.beta(1, 1, (6, 100)), rng.beta(1, 1, (6, 80))
+        together += all(
+            predict((rng.random((20, 100)) < mine).astype(float), 80, figures=6).contains(
+                float((rng.random(80) < theirs).mean())
+            )
+            for mine, theirs in zip(recorded, fresh, strict=True)
+        )
+    assert 0.93 <= together / 400 <= 0.99
+
+
 async def test_every_problem_is_asked_once_and_billed(backend: FakeVLLM) -> None:
     backend.models = ["autotts-tiny"]
     problems, done = held_back(3), []
