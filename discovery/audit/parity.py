@@ -41,8 +41,8 @@ from discovery.audit.parity_report import (
 from discovery.audit.served_episodes import limits_of
 from discovery.data.recordings import LabelSource, Origin, RecordedQuestion, Recording, intern_answers
 from discovery.errors import BranchCensored
+from discovery.evaluation.evaluate import unselected_sources
 from discovery.evaluation.paired_statistics import bootstrap_bounds, wilson_interval
-from discovery.evaluation.reference_answers import is_judged_wrong
 from discovery.evaluation.replay import ReplayEnvironment, branch_order
 from discovery.evaluation.scores import BLOCK, BOTH_SIDES, RESAMPLES, SEED
 from discovery.store import ServedEpisode, Store
@@ -87,7 +87,7 @@ async def load_records(store: Store) -> ServedRecords:
             if recorded.origin is Origin.LIVE and recorded.request and recorded.complete:
                 recordings.setdefault(recorded.request, recorded)
     latest = {feedback.request_id: feedback for feedback in await store.feedback()}
-    judged_wrong = {request for request, feedback in latest.items() if is_judged_wrong(feedback)}
+    judged_wrong = {request for request, feedback in latest.items() if feedback.rating < 0}
     return ServedRecords(await store.episodes(), recordings, references, judged_wrong)
 
 
@@ -262,8 +262,7 @@ def _group(served: ServedRecords, pairs: Sequence[_Pair], truth: _Truth, shuffle
         for episode in live
         if episode.request_id in served.judged_wrong and episode.question and truth.source(episode.question) is None
     ]
-    # Without these episodes, the questions labelled by feedback and votes are mainly those that were answered right.
-    sources = (LabelSource.REFERENCE,) if unanswered else tuple(LabelSource)
+    sources = unselected_sources(len(unanswered))
     known = [episode for episode in live if truth.source(episode.question) in sources]
     rows = [
         _Row(

@@ -251,12 +251,18 @@ def _where(score: Score) -> str:
 
 
 def _grading(scored: Sequence[Score]) -> Mapping[Cell, str]:
-    """Describe by cell how answers are compared, and where correct answers come from if not all are references."""
+    """Describe by cell how answers are compared, where correct answers come from if not all are references, and which
+    questions are left out as chosen by their outcome.
+    """
     texts: dict[Cell, str] = {}
     for score in scored:
         if score.grading is None:
             continue
         texts[score.cell] = f"answer comparison: {score.grading.answers}"
+        if score.grading.selected.judged_wrong:
+            left_out = score.grading.selected.left_out
+            others = "".join(f", and therefore {count} by {source}" for source, count in left_out.items())
+            texts[score.cell] += f"; left out: {score.grading.selected.judged_wrong} judged wrong{others}"
         if set(score.grading.sources) == {LabelSource.REFERENCE}:
             continue
         parts = []

@@ -29,6 +29,7 @@ from discovery.commands.options import DEFAULT_STORE, JsonTarget, Place, check_j
 from discovery.commands.store import with_store
 from discovery.data.recordings import LabelSource
 from discovery.errors import RecordingsNotFound
+from discovery.evaluation.evaluate import SELECTED_BY_OUTCOME, UNEVEN_FEEDBACK
 from discovery.evaluation.plot import PlotInterval, PlotRows, check_plot, draw_intervals
 from discovery.store import StorePlace
 
@@ -178,13 +179,9 @@ def _remarks(group: ParityGroup) -> list[str]:
     if group.labels:
         remarks.append(f"correct answers from {_counts(group.labels)}")
     if group.judged_wrong:
-        remarks.append(
-            f"{group.judged_wrong:,} episodes judged wrong have no right answer; the questions labelled by feedback or "
-            "votes are therefore chosen by their outcome, and accuracy leaves them out. Send the right answer as "
-            'feedback ("answer"), or give references to `autotts label`'
-        )
+        remarks.append(f"{group.judged_wrong:,} episodes judged wrong have no right answer; {SELECTED_BY_OUTCOME}")
     elif LabelSource.FEEDBACK in group.labels:
-        remarks.append("accuracy is biased if clients judge right answers more often than wrong ones, or the reverse")
+        remarks.append(UNEVEN_FEEDBACK)
     elif group.accuracy is None:
         remarks.append("`autotts label` sets correct answers from references, feedback and votes; run it first")
     if group.left_out:

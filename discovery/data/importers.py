@@ -199,6 +199,9 @@ class RecordingLine(BaseModel):
     chat_template: str = Field("", description="hash of a conversation rendered by the model's chat template")
     request: str = Field("", description="id of the request it was made for")
     confidence: float = Field(1.0, ge=0, le=1, description="in the reference answer")
+    judged_wrong: bool = Field(
+        False, description="whether clients judged an answer wrong and the right one is unknown; without a reference"
+    )
     part: int | None = Field(None, ge=0, description="number of the only branch that the line holds")
 
     @field_validator("sampling")
@@ -215,6 +218,8 @@ class RecordingLine(BaseModel):
             raise ValueError("id is not the SHA-256 of question")
         if self.sampling.get("branch") == REPLY and any(branch.probes for branch in self.branches):
             raise ValueError("branches are whole replies (sampling.branch), which have no probes; leave probes empty")
+        if self.judged_wrong and self.reference is not None:
+            raise ValueError("judged_wrong means that the right answer is unknown; leave it or reference out")
         if self.part is not None and len(self.branches) != 1:
             raise ValueError(f"{len(self.branches)} branches in a line that is part {self.part}")
         return self
@@ -238,6 +243,7 @@ class RecordingLine(BaseModel):
             chat_template=self.chat_template,
             request=self.request,
             confidence=self.confidence,
+            judged_wrong=self.judged_wrong,
         )
 
 
@@ -332,6 +338,7 @@ def format_recording_line(recorded: RecordedQuestion, part: int | None = None) -
         chat_template=recorded.chat_template,
         request=recorded.request,
         confidence=recorded.confidence,
+        judged_wrong=recorded.judged_wrong,
         part=part,
     )
     return line.model_dump_json(exclude_defaults=True) + "\n"

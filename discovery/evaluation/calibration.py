@@ -149,6 +149,7 @@ class Calibration:
     others: tuple[Calibration, ...] = ()  # of further controllers on the same model; they have no others themselves
     choice: ChosenCalibration | None = None  # among several controllers; only in the first calibration of a model
     reliability: VoteReliability | None = None  # None if unknown, or if no episode had two votes
+    judged_wrong: int = 0  # questions that clients judged wrong without a right answer; if any, only references count
 
     @property
     def all(self) -> tuple[Calibration, ...]:
@@ -190,6 +191,8 @@ class Calibration:
         for name in ("choice", "reliability"):
             if data[name] is None:
                 del data[name]
+        if not self.judged_wrong:
+            del data["judged_wrong"]
         return data
 
 
@@ -239,6 +242,7 @@ def _of_model(
     best = max(points, key=lambda point: (point.accuracy, -point.tokens))
     line = [] if rival is side else [(point.tokens, point.accuracy) for point in _points(measured, rival, cells)]
     pays = is_worth_its_tokens(best, line)
+    graded = [side.at(cell)[0] for cell in cells]
     return Calibration(
         side.spec.name,
         side.spec.digest,
@@ -248,6 +252,7 @@ def _of_model(
         recommend_map(points, line, pays),
         measured.answers,
         reliability=vote_reliability([side.at(cell) for cell in cells]),
+        judged_wrong=sum(first.grading.selected.judged_wrong for first in graded if first.grading is not None),
     )
 
 

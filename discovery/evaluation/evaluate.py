@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from controllers.loading import Spec
 from controllers.sandbox.deadline import Clock
@@ -27,7 +27,13 @@ from discovery.errors import RecordingsNotFound
 from discovery.evaluation.afs import Anchor, chain_anchor
 from discovery.evaluation.engines import Engine, RecordingBatch
 from discovery.evaluation.replay_jobs import Job, JobResult, ReplayRules, make_jobs
-from discovery.evaluation.scores import QuestionGrading, Score, gather_scores, recording_limit_warnings
+from discovery.evaluation.scores import (
+    QuestionGrading,
+    Score,
+    SelectedByOutcome,
+    gather_scores,
+    recording_limit_warnings,
+)
 from discovery.evaluation.sources import RecordingSource
 
 T = TypeVar("T")
@@ -40,6 +46,22 @@ Questions of sources that are not named are left out.
 """
 DEFAULT_WEIGHTS: Final[Weights] = MappingProxyType({LabelSource.REFERENCE: 1.0, LabelSource.FEEDBACK: 1.0})
 """Default weights. Consensus is left out, because votes would be measured by votes."""
+SELECTED_BY_OUTCOME: Final = (
+    "the questions labelled by feedback or votes are therefore chosen by their outcome, and accuracy leaves them out. "
+    'Send the right answer as feedback ("answer"), or give references to `autotts label`'
+)
+"""Consequence if right answers of questions that clients judged wrong are unknown, and the way out."""
+UNEVEN_FEEDBACK: Final = "accuracy is biased if clients judge right answers more often than wrong ones, or the reverse"
+"""Warning for accuracy that counts labels by feedback."""
+
+
+def unselected_sources(judged_wrong: int) -> tuple[LabelSource, ...]:
+    """Return the sources of labels that do not choose questions by their outcome.
+
+    `judged_wrong` is the number that clients judged wrong without a known right answer. Without them, the questions
+    labelled by feedback and votes are mainly those that were answered right.
+    """
+    return (LabelSource.REFERENCE,) if judged_wrong else tuple(LabelSource)
 
 
 class AnswerComparison(StrEnum):
@@ -121,12 +143,12 @@ class Evaluation:
         Its grading is added to `graded`, its branch counts to `branches`, and problems with its probes to `probes`.
         """
         is_probing = any(spec.needs_probes for spec in self.specs)
-        for cell, recorded in each_scorable(
-            self.cells, lambda cell: scorable_recordings(self.source, cell, self.weights, self.version)
+        for cell, (recorded, selected) in each_scorable(
+            self.cells, lambda cell: read_scorable(self.source, cell, self.weights, self.version)
         ):
             weights = [_weight(item, self.weights) for item in recorded]
             answers = self.answers.resolve(recorded)
-            graded[cell] = QuestionGrading([item.label_source for item in recorded], weights, answers)
+            graded[cell] = QuestionGrading([item.label_source for item in recorded], weights, answers, selected)
             recordings = [intern_compared(item, answers, judge) for item in recorded]
             self.anchors[cell] = chain_anchor(recordings)
             branches[cell] = [recording.branches for recording in recordings]
@@ -207,19 +229,38 @@ def read_scorable_cell(
 def scorable_recordings(
     source: RecordingSource, cell: Cell, weights: Weights = DEFAULT_WEIGHTS, version: str = ""
 ) -> list[RecordedQuestion]:
+    """Return the recordings of `read_scorable`. Raises RecordingsNotFound."""
+    return read_scorable(source, cell, weights, version).recordings
+
+
+class ScorableCell(NamedTuple):
+    """Recordings of a cell that are scored, and the questions left out."""
+
+    recordings: list[RecordedQuestion]
+    selected: SelectedByOutcome
+
+
+def read_scorable(
+    source: RecordingSource, cell: Cell, weights: Weights = DEFAULT_WEIGHTS, version: str = ""
+) -> ScorableCell:
     """Return the complete recordings of a cell with a reference that counts, all of one version, one per question.
+
+    If clients judged questions of the cell wrong whose right answer is unknown, only `unselected_sources` count.
 
     If `version` is empty and there are several versions made here, the one chosen was made with the latest upstream and
     has the most common sampling. What is left out is logged. Raises RecordingsNotFound.
     """
     recorded = source.load(cell)
-    kept = _of_one_version(cell, _graded(cell, recorded, weights), version)
+    graded, selected = _graded(cell, recorded, weights)
+    kept = _of_one_version(cell, graded, version)
     made_here = [item for item in recorded if item.origin is not Origin.IMPORTED]
     if not version and made_here and not any(item.version.upstream == made_here[-1].version.upstream for item in kept):
         log.warning(
             "%s: no recording of the newest version, %s, can be scored", " ".join(cell), made_here[-1].version.digest
         )
-    return pool_recordings(kept)
+    if any(item.label_source is LabelSource.FEEDBACK for item in kept):
+        log.warning("%s: right answers are known by feedback: %s", " ".join(cell), UNEVEN_FEEDBACK)
+    return ScorableCell(pool_recordings(kept), selected)
 
 
 def pool_recordings(recorded: Sequence[RecordedQuestion]) -> list[RecordedQuestion]:
@@ -270,12 +311,27 @@ def _weight(recorded: RecordedQuestion, weights: Weights) -> float:
     return recorded.confidence if weight is None else weight
 
 
-def _graded(cell: Cell, recorded: Sequence[RecordedQuestion], weights: Weights) -> list[RecordedQuestion]:
-    """Return the complete recordings whose reference answer counts. Raises RecordingsNotFound."""
+def _graded(
+    cell: Cell, recorded: Sequence[RecordedQuestion], weights: Weights
+) -> tuple[list[RecordedQuestion], SelectedByOutcome]:
+    """Return the complete recordings whose reference answer counts, and what is left out as chosen by its outcome.
+
+    Raises RecordingsNotFound.
+    """
     name = " ".join(cell)
     known = [item for item in recorded if item.complete and item.reference is not None]
     if not known:
         raise RecordingsNotFound(f"{name}: none of {len(recorded)} recordings is complete and has a reference answer")
+    judged_wrong = len({item.question for item in recorded if item.complete and item.judged_wrong})
+    counted = unselected_sources(judged_wrong)
+    chosen = {item.question: item.label_source for item in known if item.label_source not in counted}
+    selected = SelectedByOutcome(judged_wrong, Counter(chosen.values()))
+    if chosen:
+        why = f"{name}: questions judged wrong whose right answer is unknown: {judged_wrong:,}; {SELECTED_BY_OUTCOME}"
+        known = [item for item in known if item.label_source in counted]
+        if not known:
+            raise RecordingsNotFound(why)
+        log.warning("%s", why)
     kept = [item for item in known if _weight(item, weights) > 0]
     omitted = Counter(item.label_source for item in known if _weight(item, weights) <= 0)
     others = " and ".join(f"{omitted[source]} by {source}" for source in LabelSource if omitted[source])
@@ -288,7 +344,7 @@ def _graded(cell: Cell, recorded: Sequence[RecordedQuestion], weights: Weights) 
         )
     if others:
         log.warning("%s: recordings were left out because of how their reference answers are known: %s", name, others)
-    return kept
+    return kept, selected
 
 
 def _of_one_version(cell: Cell, kept: Sequence[RecordedQuestion], wanted: str) -> list[RecordedQuestion]:

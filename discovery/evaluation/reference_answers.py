@@ -17,7 +17,6 @@ from controllers.sandbox.deadline import Clock
 from discovery.answers import Judge
 from discovery.data.questions import Question
 from discovery.data.recordings import LabelSource, Version
-from discovery.data.safe_json import parse_json
 from discovery.evaluation.answer_votes import (
     MIN_BRANCHES,
     MIN_CALIBRATION_ANSWERS,
@@ -34,8 +33,6 @@ from discovery.evaluation.answer_votes import (
 from discovery.store import Feedback, Label, ServedEpisode, Store
 from discovery.store.records import is_surer
 
-SATISFIED_SCORE: Final = 0.5
-"""Lowest feedback score that counts for an answer."""
 MARGIN_BINS: Final = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Edges of the bins in which the report counts votes by margin."""
 
@@ -133,33 +130,11 @@ def interpret_feedback(episode: ServedEpisode | None, feedback: Feedback) -> Ans
     """Return what feedback means for an answer; None if it concerns no answer."""
     if episode is None or episode.question is None:
         return None
-    try:
-        value = parse_json(feedback.value)
-    except ValueError:
-        return None
-    answer, weight = episode.about.get("reply_class", episode.recorded_answer), 0.0
-    if feedback.kind == "answer" and isinstance(value, str):
-        answer, weight = value, 1.0
-    else:
-        weight = _rating(feedback.kind, value)
+    answer, weight = episode.about.get("reply_class", episode.recorded_answer), feedback.rating
+    stated = feedback.parsed
+    if feedback.kind == "answer" and isinstance(stated, str):
+        answer, weight = stated, 1.0
     return None if answer is None or not weight else AnswerFeedback(episode.question, answer, weight, episode.tenant)
-
-
-def is_judged_wrong(feedback: Feedback) -> bool:
-    """Return whether feedback says that the served answer, or a reply without one, is wrong."""
-    try:
-        return _rating(feedback.kind, parse_json(feedback.value)) < 0
-    except ValueError:
-        return False
-
-
-def _rating(kind: str, value: object) -> float:
-    """Return the weight of `correct` or `score` for the served answer; 0 if it is neither or invalid."""
-    if kind == "correct" and isinstance(value, bool):
-        return 1.0 if value else -1.0
-    if kind == "score" and isinstance(value, (int, float)) and 0 <= value <= 1:
-        return float(value) if value >= SATISFIED_SCORE else value - 1.0
-    return 0.0
 
 
 async def _finals(store: Store) -> dict[str, list[list[str | None]]]:

@@ -10,7 +10,7 @@ integers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -31,12 +31,21 @@ BOTH_SIDES: Final = 2.5
 
 
 @dataclass(frozen=True)
+class SelectedByOutcome:
+    """Questions that are left out, because which of them have a right answer depends on how they were answered."""
+
+    judged_wrong: int = 0  # clients judged them wrong, and their right answer is unknown
+    left_out: Mapping[LabelSource, int] = field(default_factory=dict)  # the others, by the source of their right answer
+
+
+@dataclass(frozen=True)
 class QuestionGrading:
     """Sources of the reference answers of a cell's questions, and the questions' weights."""
 
     sources: Sequence[LabelSource]  # (questions,)
     weights: Sequence[float]  # (questions,), above 0
     answers: str = ""  # how answers were compared, as in `AnswerComparison`; empty if unknown
+    selected: SelectedByOutcome = field(default_factory=SelectedByOutcome)
 
     @property
     def by_source(self) -> dict[LabelSource, int]:
@@ -163,6 +172,9 @@ class Score:
             return {}
         sources = self.grading.by_source
         data: dict[str, Any] = {"label_sources": {str(source): count for source, count in sources.items()}}
+        if self.grading.selected.judged_wrong:
+            left_out = {str(source): count for source, count in self.grading.selected.left_out.items()}
+            data |= {"judged_wrong": self.grading.selected.judged_wrong, "left_out_by_outcome": left_out}
         if self.grading.answers:
             data["answers"] = str(self.grading.answers)
         if self.weights is not None:

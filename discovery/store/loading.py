@@ -47,6 +47,7 @@ async def load_recordings(
     label_rows = await connection.fetch_all(select_statement("labels", own_labels), values)
     for label in read_rows(connection.place, "labels", label_rows, rows.label_from_row):
         labels.setdefault(label.question, []).append(label)
+    wrong = await _judged_wrong(connection, identities, values)
     by_recording = {key: list(group) for key, group in groupby(branches, key=lambda row: row[0])}
     loaded = []
     for recording in recordings:
@@ -55,8 +56,29 @@ async def load_recordings(
         if len(own) != recording[10]:
             raise CorruptRow(f"{name} has {len(own)} of its {recording[10]} branches; {REPAIR_HINT}")
         related = by_id[recording[2]], own, provenance.get(recording[0]), labels.get(recording[2], ())
+        own_signals = signals.get(recording[0], rows.NO_ROWS)
         try:
-            loaded.append(rows.recording_from_rows(recording, *related, signals.get(recording[0], rows.NO_ROWS)))
+            loaded.append(rows.recording_from_rows(recording, *related, own_signals, recording[2] in wrong))
         except ValueError as error:
             raise CorruptRow(f"{name}: {error}; {REPAIR_HINT}") from None
     return loaded
+
+
+async def _judged_wrong(connection: DatabaseConnection, identities: str, values: Sequence[Any]) -> set[str]:
+    """Return those of the questions that `identities` selects of which the latest feedback on a request says wrong."""
+    asked = await connection.fetch_all(
+        "SELECT DISTINCT episodes.request_id, episodes.question_id FROM feedback "
+        f"JOIN episodes ON episodes.request_id = feedback.request_id WHERE episodes.question_id IN ({identities})",
+        values,
+    )
+    given = await connection.fetch_all(
+        select_statement(
+            "feedback",
+            "WHERE request_id IN (SELECT episodes.request_id FROM episodes "
+            f"WHERE episodes.question_id IN ({identities})) ORDER BY created, id",
+        ),
+        values,
+    )
+    read = read_rows(connection.place, "feedback", given, rows.feedback_from_row)
+    latest = {feedback.request_id: feedback for feedback in read}
+    return {question for request, question in asked if request in latest and latest[request].rating < 0}

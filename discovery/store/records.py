@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from typing_extensions import TypedDict  # the one pydantic takes on Python 3.11
 
 from controllers.sandbox.proof import SandboxLevel
 from discovery.data.recordings import Cell, LabelSource, RecordedQuestion
+from discovery.data.safe_json import parse_json
+
+SATISFIED_SCORE: Final = 0.5
+"""Lowest feedback score that counts for an answer."""
 
 
 def stored_time(time: datetime) -> str:
@@ -100,6 +104,24 @@ class Feedback:
     value: str  # as JSON
     created: str = field(default_factory=utc_now)
     tenant: str = ""
+
+    @property
+    def parsed(self) -> object:
+        """The value; None if it is not JSON."""
+        try:
+            return parse_json(self.value)
+        except ValueError:
+            return None
+
+    @property
+    def rating(self) -> float:
+        """Weight of `correct` or `score` for the served answer: below 0 against it; 0 if it is neither or invalid."""
+        value = self.parsed
+        if self.kind == "correct" and isinstance(value, bool):
+            return 1.0 if value else -1.0
+        if self.kind == "score" and isinstance(value, (int, float)) and 0 <= value <= 1:
+            return float(value) if value >= SATISFIED_SCORE else value - 1.0
+        return 0.0
 
 
 @dataclass(frozen=True)

@@ -230,9 +230,11 @@ def recording_from_rows(
     provenance: Sequence[Any] | None = None,
     labels: Sequence[Label] = (),
     signals: Mapping[int, Sequence[Any]] = NO_ROWS,
+    judged_wrong: bool = False,
 ) -> RecordedQuestion:
     """Return the recording of rows read from five tables. `signals` has rows of `branch_signals` by branch number.
 
+    `judged_wrong` says whether clients judged an answer to its question wrong.
     Of `labels` and the question's own answer, the one from the surest source becomes the reference. Raises ValueError.
     """
     identity, split, reference, label_source, text, _ = question
@@ -258,6 +260,7 @@ def recording_from_rows(
         chat_template=chat_template,
         request=request,
         confidence=confidence,
+        judged_wrong=judged_wrong and reference is None,
     )
     check_replayable(made)
     return made

@@ -17,9 +17,8 @@ from controllers import State
 from controllers.builtin import BASELINE
 from discovery.answers import canonical, is_redacted, redacted
 from discovery.data.packed_rounds import pack_rounds
-from discovery.evaluation.reference_answers import SATISFIED_SCORE
 from discovery.store import DatabaseUrl, EpisodeDetails, Feedback, ServedEpisode
-from discovery.store.records import stored_time, utc_now
+from discovery.store.records import SATISFIED_SCORE, stored_time, utc_now
 from proxy.admission.auth import Caller
 from proxy.admission.request_slot import RequestSlots
 from proxy.admission.token_budget import BudgetExceeded, RateLimit, retry_after

@@ -820,10 +820,11 @@ def test_the_evaluate_command_reports_label_sources_and_versions(tmp_path: Path)
     assert (
         "m b search: answer comparison: canonical; correct answers: 3 from reference, 3 from feedback\n" in done.stdout
     )
-    unknown, versions = done.stderr.splitlines()
+    unknown, versions, uneven = done.stderr.splitlines()
     assert "recordings were left out" in unknown
     assert "3 by consensus" in unknown
     assert f"version {newer[0].version.digest} is scored" in versions
+    assert "accuracy is biased if clients judge right answers more often" in uneven
     asked += ["--labels", "reference,feedback=0.8,consensus=confidence", "--version", older[0].version.digest]
     done = autotts(*asked, "--json", "-", folder=tmp_path)
     assert (done.stderr, json.loads(done.stdout)[0]["label_sources"]) == ("", {"reference": 2})

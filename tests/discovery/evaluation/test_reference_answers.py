@@ -28,7 +28,7 @@ from discovery.evaluation.answer_votes import (
     estimated_confidence,
     label_by_feedback,
 )
-from discovery.evaluation.reference_answers import LabelReport, interpret_feedback, is_judged_wrong, update_labels
+from discovery.evaluation.reference_answers import LabelReport, interpret_feedback, update_labels
 from discovery.store import Feedback, Label, ServedEpisode, Store
 from proxy.cli import app
 
@@ -174,7 +174,7 @@ def test_feedback_without_an_answer_or_with_an_invalid_value_is_ignored(
     ],
 )
 def test_feedback_judges_an_answer_wrong_by_false_or_a_low_score(kind: str, value: str, wrong: bool) -> None:
-    assert is_judged_wrong(Feedback("f", "r", kind, value)) is wrong
+    assert (Feedback("f", "r", kind, value).rating < 0) is wrong
 
 
 def label_of_votes(

@@ -1,0 +1,127 @@
+"""Feedback that says only whether an answer was right chooses questions by their outcome: what counts beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from discovery.data.importers import format_recording_line, read_jsonl
+from discovery.data.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split, question_id
+from discovery.errors import BadRecording, RecordingsNotFound
+from discovery.evaluation.evaluate import read_scorable
+from discovery.evaluation.reference_answers import update_labels
+from discovery.evaluation.scores import SelectedByOutcome
+from discovery.evaluation.sources import StoreSource
+from discovery.store import Feedback, ServedEpisode, Store
+from proxy.cli import app
+
+CELL = Cell("m", "live", Split.SEARCH)
+REFERENCED, RIGHT, STATED, WRONG, SILENT = "referenced", "right", "stated", "wrong", "silent"
+FEEDBACK: Mapping[str, Any] = {RIGHT: True, STATED: "8", WRONG: False}
+"""Feedback on the request of each question, whose served answer is 7."""
+
+
+def recorded(text: str) -> RecordedQuestion:
+    branches = [RecordedBranch([final], 150, final) for final in ("7", "7", "8", "9")]
+    reference = "7" if text == REFERENCED else None
+    about: dict[str, Any] = {"chat_template": "t", "request": f"r {text}", "split": Split.SEARCH, "origin": Origin.LIVE}
+    return RecordedQuestion(question_id(text), "m", "live", 100, branches, reference, **about)
+
+
+def episode(text: str, request: str = "") -> ServedEpisode:
+    name = request or f"r {text}"
+    about: dict[str, Any] = {"answer": "7", "question": question_id(text), "tenant": f"of {name}"}
+    return ServedEpisode(name, name, "m", "cmc", "d", 0.5, 3, 4, {}, "answered", **about)
+
+
+def said(request: str, value: Any, second: int = 0) -> Feedback:
+    kind = {bool: "correct", str: "answer", float: "score"}[type(value)]
+    return Feedback(f"{request} {second}", request, kind, json.dumps(value), f"2026-01-01T00:00:{second:02}")
+
+
+def store(place: Path, *texts: str, more: tuple[Feedback | ServedEpisode, ...] = ()) -> StoreSource:
+    """Make a store of these questions with their feedback, label it and return it as a source."""
+
+    async def fill() -> None:
+        async with Store.open(place, create=True) as opened:
+            await opened.add_all([*map(episode, texts), *map(recorded, texts)])
+            await opened.add_all([said(f"r {text}", FEEDBACK[text]) for text in texts if text in FEEDBACK])
+            await opened.add_all(more)
+            await update_labels(opened, min_margin=1)
+
+    asyncio.run(fill())
+    return StoreSource(place)
+
+
+def sources(source: StoreSource) -> dict[str, str]:
+    return {str(one.question): str(one.label_source) for one in read_scorable(source, CELL).recordings}
+
+
+def test_beside_questions_judged_wrong_only_references_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = store(tmp_path / "s.db", REFERENCED, RIGHT, STATED, WRONG, SILENT)
+    scorable = read_scorable(source, CELL)
+    assert [one.question for one in scorable.recordings] == [question_id(REFERENCED)]
+    assert scorable.selected == SelectedByOutcome(1, {LabelSource.FEEDBACK: 2})
+    assert "m live search: questions judged wrong whose right answer is unknown: 1;" in caplog.text
+    assert "chosen by their outcome" in caplog.text
+
+
+def test_feedback_counts_if_no_question_is_judged_wrong(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = store(tmp_path / "s.db", REFERENCED, RIGHT, STATED, SILENT)
+    assert sorted(sources(source).values()) == ["feedback", "feedback", "reference"]
+    assert "accuracy is biased if clients judge right answers more often than wrong ones" in caplog.text
+
+
+def test_a_question_judged_wrong_whose_right_answer_is_known_leaves_nothing_out(tmp_path: Path) -> None:
+    again = (episode(WRONG, "again"), said("again", "8"))
+    source = store(tmp_path / "s.db", RIGHT, WRONG, more=again)
+    assert set(sources(source)) == {question_id(RIGHT), question_id(WRONG)}
+
+
+def test_the_latest_feedback_on_a_request_decides(tmp_path: Path) -> None:
+    source = store(tmp_path / "s.db", RIGHT, WRONG, SILENT, more=(said(f"r {WRONG}", 0.9, 1),))
+    assert len(sources(source)) == 2
+    source = store(tmp_path / "t.db", RIGHT, SILENT, more=(said(f"r {SILENT}", 0.1),))
+    with pytest.raises(RecordingsNotFound, match="questions judged wrong whose right answer is unknown: 1;"):
+        sources(source)
+
+
+def test_another_request_of_the_question_judges_it_too(tmp_path: Path) -> None:
+    source = store(tmp_path / "s.db", RIGHT, SILENT, more=(episode(SILENT, "again"), said("again", False)))
+    with pytest.raises(
+        RecordingsNotFound, match='Send the right answer as feedback \\("answer"\\), or give references'
+    ):
+        sources(source)
+
+
+def test_an_export_keeps_which_questions_were_judged_wrong(tmp_path: Path) -> None:
+    source = store(tmp_path / "s.db", RIGHT, WRONG)
+    lines = "".join(map(format_recording_line, source.load(CELL)))
+    (tmp_path / "x.jsonl").write_text(lines)
+    assert [one.judged_wrong for one in read_jsonl(tmp_path / "x.jsonl")] == [False, True]
+    assert lines.count("judged_wrong") == 1
+    (tmp_path / "y.jsonl").write_text(format_recording_line(replace(recorded(REFERENCED), judged_wrong=True)))
+    with pytest.raises(BadRecording, match="judged_wrong means that the right answer is unknown"):
+        read_jsonl(tmp_path / "y.jsonl")
+
+
+def test_evaluate_and_calibrate_say_what_they_leave_out(tmp_path: Path) -> None:
+    place, figures = tmp_path / "s.db", tmp_path / "f.json"
+    store(place, REFERENCED, RIGHT, STATED, WRONG)
+    options = ["--recordings", str(place), "--shuffles", "2", "--betas", "1", "--max-branches", "4"]
+    done = CliRunner().invoke(app, ["evaluate", *options, "--json", str(figures)])
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(figures.read_text())
+    assert (row["questions"], row["judged_wrong"], row["left_out_by_outcome"]) == (1, 1, {"feedback": 2})
+    assert "left out: 1 judged wrong, and therefore 2 by feedback" in done.output
+    made = ["calibrate", *options, "--engine", "local", "--out", str(tmp_path / "c.json")]
+    done = CliRunner().invoke(app, made)
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "c.json").read_text())["m"]["judged_wrong"] == 1
