@@ -150,11 +150,12 @@ class State:
             raise IllegalAction(f"a round is a list of actions, not {type(actions).__name__}")
         if not actions:
             raise IllegalAction("an empty round makes no progress; answer(state.leader()) ends the episode")
-        since, legal, rest = self._fresh.copy(), self._legal, actions
-        if legal and actions[: len(legal)] == legal:  # comparing lists takes a tenth of the time of the loop
+        legal, rest = self._legal, actions
+        if legal and actions == legal:  # comparing lists takes a tenth of the time of the loop
+            return
+        since = self._fresh.copy()
+        if legal and actions[: len(legal)] == legal:
             rest = actions[len(legal) :]
-            if not rest:
-                return
             since[: len(self._legal_since)] = self._legal_since
         has_probes = self.limits.has_probes
         lasts = True  # whether it has only advances, and probes after them
@@ -315,8 +316,10 @@ class State:
             self.spent += spent
             if reserved is not None:
                 reserved.add(limit, len(branches) - width)
-            if len(branches) != width or self._gone != gone:
+            if self._gone != gone:
                 self.active = tuple(compress(count(), self._fresh))  # GONE is 0
+            elif len(branches) != width:
+                self.active += tuple(range(width, len(branches)))
         self.rounds += 1
         self.last = tuple.__new__(Round, (actions, facts))  # takes half as long as calling Round
 
