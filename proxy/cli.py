@@ -37,6 +37,7 @@ from discovery.commands.registry import registry
 from discovery.commands.store import importing
 from discovery.commands.store import store as keeping
 from discovery.errors import DiscoveryError
+from discovery.exit_signals import exit_signals
 from proxy.commands.config import File, Flags, Sets, configuring, gather, with_flags
 from proxy.commands.forget import forget
 from proxy.commands.keys import keysmith
@@ -183,8 +184,12 @@ def loop(
 
 
 def main() -> None:
-    """Run the command line. SIGTERM ends a command in order: it stops its workers and removes its temporary files."""
-    signal.signal(signal.SIGTERM, _exit_on_signal)
+    """Run the command line.
+
+    SIGTERM and SIGHUP end a command in order: it stops its workers and removes its temporary files.
+    """
+    for each in exit_signals():
+        signal.signal(each, _exit_on_signal)
     app()
 
 
@@ -193,7 +198,7 @@ def _exit_on_signal(number: int, _: FrameType | None) -> NoReturn:
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
-    """Run `work` on an event loop. SIGTERM cancels it as an interrupt does."""
+    """Run `work` on an event loop. SIGTERM and SIGHUP cancel it as an interrupt does."""
     try:
         with asyncio.Runner(loop_factory=event_loop()) as runner:
             runner.run(_interruptible(work))
@@ -203,7 +208,8 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
 
 async def _interruptible(work: Coroutine[Any, Any, None]) -> None:
     task = asyncio.ensure_future(work)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    for each in exit_signals():
+        asyncio.get_running_loop().add_signal_handler(each, task.cancel)
     await task
 
 

@@ -14,6 +14,7 @@ from typing import Final
 
 import uvicorn
 
+from discovery.exit_signals import exit_signals
 from proxy.app import create_app
 from proxy.errors import StartError
 from proxy.http.connections import Connections, connection_capacity
@@ -79,6 +80,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Refuse new requests, wait for running ones and exit. A second signal exits at once."""
         if self._draining is None:
+            logger.info("%s: running requests have %g s to end", signal.Signals(sig).name, self._drain_s)
             self.gate.shut()
             self._draining = asyncio.get_running_loop().create_task(self._drain())
         else:
@@ -93,7 +95,7 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        signals = (signal.SIGINT, signal.SIGTERM)
+        signals = (signal.SIGINT, *exit_signals())
         for each in signals:
             loop.add_signal_handler(each, self.handle_exit, each, None)
         yield

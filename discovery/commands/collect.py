@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,6 +29,7 @@ from discovery.commands.options import Address, LedgerPlace, check_cluster_optio
 from discovery.data.atomic_files import check_writable_path
 from discovery.data.questions import Question, collected_kind, read_questions
 from discovery.errors import CollectError
+from discovery.exit_signals import exit_signals
 from discovery.promotion.ledger import check_ledger
 from discovery.store import StorePlace
 from discovery.worker_pool import cores
@@ -232,9 +232,10 @@ async def _collect_judged(
 
 
 async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
-    """Run `work`; SIGTERM cancels it as orderly as an interrupt does."""
+    """Run `work`; SIGTERM and SIGHUP cancel it as orderly as an interrupt does."""
     task = asyncio.ensure_future(work)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    for each in exit_signals():
+        asyncio.get_running_loop().add_signal_handler(each, task.cancel)
     return await task
 
 

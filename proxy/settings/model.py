@@ -369,7 +369,10 @@ class Settings(BaseSettings):
         "longest idle connection is closed",
     )
     drain_s: float = Field(
-        60, ge=0, allow_inf_nan=False, description="seconds that running requests have to end after SIGTERM"
+        60,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds that running requests have to end after SIGTERM, SIGINT or SIGHUP",
     )
     ping_s: float = Field(
         10, gt=0, le=15, description="seconds between keep-alive comments on a stream without output, 15 at most"

@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 
 from rich.console import Console
 
+from discovery.exit_signals import exit_signals
 from proxy.runtime import event_loop, freeze_objects
 from proxy.server import Server, listen
 from proxy.settings import Settings
@@ -66,7 +67,8 @@ async def _heed(reader: asyncio.StreamReader, server: Server, folder: Path) -> N
 
 def main() -> None:
     """Run a worker."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server handles signals
+    for each in exit_signals():  # until the server handles signals
+        signal.signal(each, lambda *_: sys.exit(0))
     size = int.from_bytes(sys.stdin.buffer.read(8))
     order: WorkerOrder = pickle.loads(sys.stdin.buffer.read(size))  # from the supervisor only
     configure_logging(order.settings, Console(stderr=True))

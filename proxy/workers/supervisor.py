@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
+from discovery.exit_signals import exit_signals
 from proxy.errors import StartError
 from proxy.server import listen
 from proxy.settings import Settings
@@ -58,7 +59,8 @@ class Supervisor:
         listening.close()
         self._settings = self._settings.model_copy(update={"port": port})
         loop = asyncio.get_running_loop()
-        for each in (signal.SIGINT, signal.SIGTERM):
+        signals = (signal.SIGINT, *exit_signals())
+        for each in signals:
             loop.add_signal_handler(each, self._stop)
         with (
             listen(host, port, is_shared=True),
@@ -71,7 +73,7 @@ class Supervisor:
             except* StartError as errors:
                 raise errors.exceptions[0] from None
             finally:
-                for each in (signal.SIGINT, signal.SIGTERM):
+                for each in signals:
                     loop.remove_signal_handler(each)
 
     def take_restart(self) -> None:

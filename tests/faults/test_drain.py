@@ -1,4 +1,4 @@
-"""Graceful shutdown on SIGTERM: running requests finish, new ones are refused, and all records are written."""
+"""Graceful shutdown on a signal: running requests finish, new ones are refused, and all records are written."""
 
 from __future__ import annotations
 
@@ -89,15 +89,15 @@ async def stops(tmp_path: Path) -> list[str]:
         return [episode.stop for episode in await store.episodes()]
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(
-    backend: FakeVLLM, tmp_path: Path, stream: bool
+@pytest.mark.parametrize(("sign", "stream"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGHUP, False)])
+async def test_a_signal_lets_running_requests_finish_and_refuses_new_ones(
+    backend: FakeVLLM, tmp_path: Path, sign: signal.Signals, stream: bool
 ) -> None:
     async with serving(backend, tmp_path) as served:
         backend.gate.clear()
         asking = asyncio.create_task(served.ask(stream=stream))
         await until(lambda: runs(backend))
-        served.process.send_signal(signal.SIGTERM)
+        served.process.send_signal(sign)
 
         async def draining() -> bool:
             return await served.status("/ready") == 503
@@ -115,6 +115,7 @@ async def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(
         assert reply.endswith(b"data: [DONE]\n\n") if stream else reply["tts"]["stop"] == "answered"
         assert await served.end() == 0
     assert await stops(tmp_path) == ["answered"]
+    assert f"{sign.name}: running requests have 60 s to end" in (tmp_path / "log").read_text()
 
 
 async def test_a_request_that_outlasts_the_shutdown_is_cut_and_recorded(backend: FakeVLLM, tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ async def test_a_stream_cut_by_the_shutdown_ends_with_an_error_event(
     assert await stops(tmp_path) == ["draining"]
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_an_idle_proxy_exits_at_once_with_status_0(
     backend: FakeVLLM, tmp_path: Path, sign: signal.Signals
 ) -> None:
@@ -180,6 +181,19 @@ async def test_an_idle_proxy_exits_at_once_with_status_0(
         assert (await served.ask())[0] == 200
         served.process.send_signal(sign)
         assert await served.end() == 0
+    assert await stops(tmp_path) == ["answered"]
+
+
+async def test_a_proxy_under_nohup_outlives_its_terminal(backend: FakeVLLM, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the process inherits, as from nohup
+    try:
+        async with serving(backend, tmp_path) as served:
+            served.process.send_signal(signal.SIGHUP)
+            assert (await served.ask())[0] == 200
+            served.process.send_signal(signal.SIGTERM)
+            assert await served.end() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert await stops(tmp_path) == ["answered"]
 
 

@@ -176,8 +176,9 @@ async def test_a_worker_that_is_killed_is_started_again_while_the_other_one_serv
     assert await command.signal(signal.SIGTERM) == 0
 
 
-async def test_sigterm_lets_the_requests_of_all_workers_end(
-    forker: Forker, backend: FakeVLLM, http: aiohttp.ClientSession
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP])
+async def test_a_signal_lets_the_requests_of_all_workers_end(
+    forker: Forker, backend: FakeVLLM, http: aiohttp.ClientSession, sign: signal.Signals
 ) -> None:
     command = start(forker, backend, "--no-record")
     url = await command.url()
@@ -190,7 +191,7 @@ async def test_sigterm_lets_the_requests_of_all_workers_end(
                 break
     assert min(running.values()) > 0
     workers = workers_of(command)
-    os.kill(command.pid, signal.SIGTERM)
+    os.kill(command.pid, sign)
     async with asyncio.timeout(60):
         for _ in iter(int, 1):
             async with http.get(f"{url}/ready") as response:
