@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from difflib import get_close_matches
 from http import HTTPStatus
 from typing import Final
@@ -51,6 +52,7 @@ class ErrorResponses:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         # A fault of the proxy: the traceback goes to the log, never to the client.
         internal = ApiError("the proxy failed; its log has the details", code="internal_error")
+        request.state.error_code = internal.code
         return JSONResponse(errors.body(internal), internal.status, {"x-request-id": current_request_id()})
 
     def _api_error(self, request: Request, error: ApiError) -> Response:
@@ -67,6 +69,8 @@ class ErrorResponses:
     def _http_error(self, request: Request, error: HTTPException) -> Response:
         """Return the response to a path or method that is not served."""
         path, is_missing = request.url.path, error.status_code == HTTPStatus.NOT_FOUND
+        with suppress(Unauthorised):  # for the access log
+            request.state.caller = request.app.state.service.authenticator.identify(request)
         message = f"{request.method} {path}: {error.detail}"
         if is_missing and (instead := UNSERVED_PATHS.get(path)):
             message = f"{request.method} {path} is not served: {instead}"
@@ -75,12 +79,11 @@ class ErrorResponses:
         elif is_missing:
             message = f"{message}; /docs lists the paths that are served"
         headers = {**(error.headers or {}), "x-request-id": current_request_id()}
-        if is_missing:
-            return JSONResponse(errors.body(NotFound(message, code="not_found")), error.status_code, headers)
-        shown = BadRequest(message)
+        shown: ApiError = NotFound(message, code="not_found") if is_missing else BadRequest(message)
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             allowed = " or ".join(sorted(set((error.headers or {}).get("Allow", "").split(", ")) - {"HEAD"}))
             shown = BadRequest(f"{message}; send {allowed}", code="method_not_allowed")
+        request.state.error_code = shown.code
         return JSONResponse(errors.body(shown), error.status_code, headers)
 
     def _suggested_path(self, path: str) -> str | None:

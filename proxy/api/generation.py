@@ -26,6 +26,7 @@ from proxy.episode.reply_plan import plan_reply
 from proxy.episode.run import serve_request
 from proxy.episode.tts_object import early_headers, reply_headers
 from proxy.errors import BadRequest
+from proxy.http.access_log import LoggedEpisodes
 from proxy.http.sse import StreamedResponse, cancel_on_disconnect, progress_and_result
 from proxy.passthrough.unapplied_beta import GREEDY, NO_BETA
 from proxy.recording.template_drift import TemplateDrift
@@ -124,11 +125,11 @@ class GenerationEndpoints:
             return await self._forwarding.generate(request, parsed, raw, model, effective_beta, unserved)
         service.recent.add_client_id(caller.tenant, logs.client_request_id.get(), plan.request_id)
         if not parsed.stream:
-            reply = await cancel_on_disconnect(request.receive, self._serve(slot, plan))
+            reply = await cancel_on_disconnect(request.receive, self._serve(request, slot, plan))
             return JSONResponse(form.to_json(parsed, reply), headers=reply_headers(reply.plan, reply.tts))
         news: asyncio.Queue[RoundNews] = asyncio.Queue()
         report = _reporting(parsed, news.put_nowait)
-        updates = progress_and_result(lambda: self._serve(slot, plan, report), news, service.settings.ping_s)
+        updates = progress_and_result(lambda: self._serve(request, slot, plan, report), news, service.settings.ping_s)
         return StreamedResponse.of(form.stream(parsed, plan, updates), early_headers(plan))
 
     def _resolve_beta(
@@ -233,7 +234,7 @@ class GenerationEndpoints:
                 await asyncio.sleep(0)  # let other requests run before the next prompts begin
             logs.request_id.set(plans[index].request_id)
             report = _reporting(parsed, lambda round_news: news.put_nowait(PromptNews(index, round_news)))
-            reply = await self._run(slots[index], plans[index], report)
+            reply = await self._run(request, slots[index], plans[index], report)
             news.put_nowait(PromptNews(index, reply))
             return reply
 
@@ -256,11 +257,18 @@ class GenerationEndpoints:
         events = completions.stream_batch(parsed, name, plans, updates)
         return StreamedResponse.of(events, {**early_headers(plans[0]), "x-request-id": name})
 
-    async def _serve(self, slot: RequestSlot, plan: Plan, report: _Report | None = None) -> Reply:
-        return await self._service.tracer.episode(plan, self._run(slot, plan, report))
+    async def _serve(self, request: Request, slot: RequestSlot, plan: Plan, report: _Report | None = None) -> Reply:
+        return await self._service.tracer.episode(plan, self._run(request, slot, plan, report))
 
-    async def _run(self, slot: RequestSlot, plan: Plan, report: _Report | None) -> Reply:
+    async def _run(self, request: Request, slot: RequestSlot, plan: Plan, report: _Report | None) -> Reply:
         service = self._service
+
+        def end(tokens: int, stop: str | None) -> None:
+            slot.settle(tokens)
+            if stop is not None:
+                first = LoggedEpisodes(plan.controller, plan.beta.value)
+                request.scope["state"].setdefault("episodes", first).add(tokens, stop)
+
         async with AsyncExitStack() as stack:
             with DisconnectCounter(service.metrics, plan.prompt.model):
                 async with fail_after(plan.remaining_s):
@@ -273,7 +281,7 @@ class GenerationEndpoints:
                 service.episode_log,
                 plan,
                 report,
-                slot.settle,
+                end,
                 partial(service.request_slots.warn_of_cut, slot.caps),
             )
             slot.add_prompt(reply.prompt_tokens)

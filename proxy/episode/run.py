@@ -43,15 +43,15 @@ async def serve_request(
     episode_log: EpisodeLog,
     plan: Plan,
     on_progress: Callable[[RoundReport], None] | None = None,
-    on_spent: Callable[[int], None] | None = None,
+    on_ended: Callable[[int, str | None], None] | None = None,
     on_capped: Callable[[], None] | None = None,
 ) -> Reply:
     """Run the episode, compose its reply and record it.
 
-    `on_progress` is called after each round. `on_spent` is called once with the tokens spent, however the
-    episode ends. `on_capped` is called if the token cap of the request ends the episode. Raises ApiError if nothing was
-    generated, or if the server shuts down first. Cancelling it aborts all requests to the upstream, whose tokens are
-    counted.
+    `on_progress` is called after each round. `on_ended` is called once, however the episode ends, with the tokens spent
+    and why it stopped (None if the upstream refused the request, so that there was no episode). `on_capped` is called
+    if the token cap of the request ends the episode. Raises ApiError if nothing was generated, or if the server shuts
+    down first. Cancelling it aborts all requests to the upstream, whose tokens are counted.
     """
     routed = engine.route(plan.prompt.model, lambda: plan.affinity, plan.request_id)
     environment = _open_environment(routed, graders, plan)
@@ -93,8 +93,8 @@ async def serve_request(
     finally:
         if reply is None:
             environment.salvage()
-        if on_spent is not None:
-            on_spent(environment.meter.billed)
+        if on_ended is not None:
+            on_ended(environment.meter.billed, None if outcome == "refused" else str(state.stop or outcome))
         if outcome == "refused":  # like requests that the proxy refuses itself: no episode took place
             metrics.requests.labels(plan.prompt.model, controller_label(plan.controller), outcome).inc()
         else:

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Awaitable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -25,6 +26,32 @@ ECHO: Final = b"x-client-request-id"
 _CLIENT_ID: Final = re.compile(rb"[!-~]{1,128}")
 UNLOGGED_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """Paths that monitoring systems poll. Requests to them are not logged."""
+
+
+@dataclass
+class LoggedEpisodes:
+    """Episodes of a request, for its log line. The headers of streams and of aborted requests lack what they cost."""
+
+    controller: str
+    beta: float
+    tokens: int = 0
+    stops: set[str] = field(default_factory=set)
+
+    def add(self, tokens: int, stop: str) -> None:
+        """Add an ended episode."""
+        self.tokens += tokens
+        self.stops.add(stop)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the log line says of them."""
+        stop = ",".join(sorted(self.stops))
+        return {
+            "applied": "true",
+            "controller": self.controller,
+            "beta": self.beta,
+            "stop": stop,
+            "tokens": self.tokens,
+        }
 
 
 class AccessLogMiddleware:
@@ -127,6 +154,9 @@ class _ResponseTiming:
             "stop": self._header(b"x-tts-stop"),
             "tokens": state.get("passed_tokens", _number(self._header(b"x-tts-tokens"))),
         }
+        episodes: LoggedEpisodes | None = state.get("episodes")
+        if episodes is not None:
+            fields |= episodes.facts()
         facts = {name: value for name, value in fields.items() if value is not None}
         logger.info("%s %s %s", self.method, self.path, self.status, extra={"facts": facts})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -20,6 +21,7 @@ from proxy.settings import Settings, load
 from proxy.telemetry.logs import ACCESS_LOGGER, MASK, configure_logging, request_id
 from tests.fakes import MODEL, Chain, FakeVLLM, RawUpstream
 from tests.proxy.conftest import SMALL
+from tests.proxy.recording.test_episode_log import until
 
 SECRET = "sesame-open"
 
@@ -182,3 +184,101 @@ def test_an_exception_is_logged_by_type_and_place_without_its_message() -> None:
     assert (line["error"], line["message"]) == ("ValueError", "it broke")
     assert "test_an_exception_is_logged_by_type_and_place_without_its_message" in line["at"][-1]
     assert "wrote" not in written.getvalue()
+
+
+def access_lines(written: io.StringIO) -> list[dict[str, Any]]:
+    return [line for line in lines(written) if line["logger"] == ACCESS_LOGGER]
+
+
+VOTED: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+    "/v1/completions": {"prompt": "hi<assistant>"},
+    "/v1/responses": {"input": "hi"},
+}
+
+
+@pytest.mark.parametrize("path", VOTED)
+async def test_the_access_log_has_the_cost_of_voted_streams(backend: FakeVLLM, path: str) -> None:
+    settings = load(upstream=backend.url, log="json", **SMALL)
+    written = logged(settings)
+    body = {"model": MODEL, "stream": True, "tts": {"beta": 0.5}, **VOTED[path]}
+    async with running(settings) as url, aiohttp.ClientSession() as http, http.post(url + path, json=body) as response:
+        events = await response.text()
+    (line,) = access_lines(written)
+    (tokens,) = {int(total) for total in re.findall(r'"tokens":\{"total":(\d+)', events)}
+    assert (line["tokens"], line["stop"], line["applied"]) == (tokens, "answered", "true")
+    assert (line["controller"], line["beta"]) == ("cmc", 0.5)
+
+
+async def test_the_access_log_has_the_cost_of_several_prompts(backend: FakeVLLM) -> None:
+    settings = load(upstream=backend.url, log="json", **SMALL)
+    written = logged(settings)
+    body = {"model": MODEL, "stream": True, "tts": {"beta": 0.5}, "prompt": ["hi<assistant>", "ho<assistant>"]}
+    async with running(settings) as url, aiohttp.ClientSession() as http:
+        for stream in (True, False):
+            async with http.post(f"{url}/v1/completions", json={**body, "stream": stream}) as response:
+                await response.read()
+                total = response.headers.get("x-tts-tokens")
+    streamed, whole = access_lines(written)
+    assert whole["tokens"] == int(total or 0) > 0
+    assert (streamed["tokens"], streamed["stop"]) == (whole["tokens"], "answered")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_the_access_log_has_the_cost_of_a_request_whose_client_disconnects(
+    backend: FakeVLLM, stream: bool
+) -> None:
+    settings = load(upstream=backend.url, log="json", **SMALL)
+    written = logged(settings)
+    backend.fault = "hang"
+    body = {"model": MODEL, "stream": stream, "tts": {"beta": 0.5}, **VOTED["/v1/chat/completions"]}
+    async with running(settings) as url:
+        async with aiohttp.ClientSession() as http:
+            asking = asyncio.create_task(http.post(f"{url}/v1/chat/completions", json=body))
+            await backend.hanging.wait()
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+        async def is_logged() -> bool:
+            return bool(access_lines(written))
+
+        await until(is_logged)
+    (line,) = access_lines(written)
+    assert line["status"] == (200 if stream else 499)
+    assert line["tokens"] > 0
+    assert (line["stop"], line["applied"], line["controller"], line["beta"]) == ("disconnected", "true", "cmc", 0.5)
+
+
+async def test_the_access_log_has_the_cost_of_a_request_that_fails(backend: FakeVLLM) -> None:
+    settings = load(upstream=backend.url, log="json", **SMALL)
+    written = logged(settings)
+    backend.fault = "cut"
+    path = "/v1/chat/completions"
+    body = {"model": MODEL, "tts": {"beta": 0.5}, **VOTED[path]}
+    async with running(settings) as url, aiohttp.ClientSession() as http, http.post(url + path, json=body) as response:
+        assert response.status == 502
+        spent = int(response.headers["x-tts-tokens"])
+    (line,) = access_lines(written)
+    assert (line["tokens"], line["stop"], line["applied"]) == (spent, "upstream_error", "true")
+    assert (line["controller"], line["beta"]) == ("cmc", 0.5)
+
+
+async def test_the_access_log_has_the_key_and_code_of_requests_to_unknown_paths(
+    backend: FakeVLLM, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text(key_file_entry("ada", SECRET))
+    settings = load(upstream=backend.url, keys=keys, log="json", **SMALL)
+    written = logged(settings)
+    async with running(settings) as url, aiohttp.ClientSession() as http:
+        for method, path, token in [
+            ("GET", "/v1/nothing", SECRET),
+            ("DELETE", "/v1/models", SECRET),
+            ("GET", "/v1/nothing", "unknown"),
+        ]:
+            async with http.request(method, url + path, headers={"authorization": f"Bearer {token}"}) as response:
+                await response.read()
+    missing, wrong_method, unknown = access_lines(written)
+    assert (missing["status"], missing["code"], missing["key"]) == (404, "not_found", "ada")
+    assert (wrong_method["status"], wrong_method["code"], wrong_method["key"]) == (405, "method_not_allowed", "ada")
+    assert (unknown["code"], "key" in unknown) == ("not_found", False)
