@@ -40,6 +40,26 @@ PROMPT_TAIL = 8
 """Number of last token ids of the prompt that are detokenised. They show whether the template opened a thought."""
 
 
+class _Sizes(NamedTuple):
+    """Sizes in tokens that do not depend on the token cap."""
+
+    context: int
+    prompt: int
+    close: int  # what closes a thought
+    suffix: int  # what asks for an answer
+
+
+class _Lengths(NamedTuple):
+    """How the tokens of a request are divided."""
+
+    branch: int  # most of one branch
+    finalise: int  # most of a free final answer
+    reserve: int  # part of the cap that branches may not spend
+    least: int  # smallest cap that pays for one interval and its answer, with this reserve
+    ahead: int | None  # most that the votability check may generate ahead
+    cut_probes: int | None  # most probes of branches that a stop string cut
+
+
 class _RequestLimits(NamedTuple):
     environment: EnvironmentLimits
     episode: Limits
@@ -240,19 +260,61 @@ async def _limits(
 
     `prompt` is the prompt's length in tokens. Raises BadRequest if one interval and its answer do not fit.
     """
-    close = len(await engine.tokenise_suffix(model.id, template.longest_closing))
-    suffix = len(await engine.tokenise_suffix(model.id, template.longest_suffix))
+    sizes = _Sizes(
+        context=model.max_length,
+        prompt=prompt,
+        close=len(await engine.tokenise_suffix(model.id, template.longest_closing)),
+        suffix=len(await engine.tokenise_suffix(model.id, template.longest_suffix)),
+    )
     cap = smallest(request.tts.max_total_tokens, caps.tokens)
+    lengths = _lengths(settings, request, sizes, cap)
+    if cap is not None and cap < lengths.least:
+        least = _least_cap(settings, request, sizes, lengths.least)
+        is_clients = cap == request.tts.max_total_tokens
+        source = "tts.max_total_tokens" if is_clients else caps.source or "the server's limit AUTOTTS_MAX_TOTAL_TOKENS"
+        remedy = "raise it" if is_clients else "ask for shorter replies, or ask the operator to raise it"
+        raise BadRequest(
+            f"{source} is {cap} tokens; this request needs at least {least} for one interval and its answer; {remedy}",
+            param="tts.max_total_tokens" if is_clients else None,
+            code="cap_too_small",
+        )
     probe = settings.probe_tokens
-    finalise = min(settings.finalise_tokens, (model.max_length - prompt) // 4)
+    return _RequestLimits(
+        EnvironmentLimits(
+            settings.interval,
+            lengths.branch,
+            probe,
+            lengths.ahead,
+            sent_bytes=settings.max_sent_bytes,
+            cut_probes=lengths.cut_probes,
+        ),
+        Limits(
+            interval=settings.interval,
+            max_branches=caps.branches,
+            branch_tokens=lengths.branch,
+            probe_tokens=sizes.suffix + probe,
+            max_tokens=None if cap is None else cap - lengths.reserve,
+        ),
+        FinalAnswerLimits(lengths.finalise, probe),
+    )
+
+
+def _lengths(settings: Settings, request: GenerationRequest, sizes: _Sizes, cap: int | None) -> _Lengths:
+    """Return how the tokens of a branch, its answer and the reserve are divided under a token cap.
+
+    Raises BadRequest if the prompt leaves no room in the model's context.
+    """
+    context, prompt, close, suffix = sizes
+    probe = settings.probe_tokens
+    finalise = min(settings.finalise_tokens, (context - prompt) // 4)
     if cap is not None:
         finalise = max(probe, min(finalise, cap // 4))
-    room = model.max_length - prompt - max(close + finalise, suffix + max(probe, finalise))
+    room = context - prompt - max(close + finalise, suffix + max(probe, finalise))
     if room < 1:
-        needed = model.max_length - prompt - room + 1
-        instead = ", or send it without β" if prompt < model.max_length else ""
+        needed = context - prompt - room + 1
+        instead = ", or send it without β" if prompt < context else ""
         raise BadRequest(
-            f"This model's maximum context length is {model.max_length} tokens. However, your prompt has {prompt} "
+            f"This model's maximum context length is {context} tokens. However, your prompt has {prompt} "
             f"tokens, and with β a reply needs at least {needed} more. Shorten the prompt{instead}",
             param=request.prompt_field,
             code=CONTEXT_EXCEEDED,
@@ -269,29 +331,17 @@ async def _limits(
     if cap is not None and request.stop_strings:
         cut_probes = max(0, cap - reserve - interval) // 8 // (suffix + probe)
         reserve += cut_probes * (suffix + probe)
-    least = reserve + interval
-    if cap is not None and cap < least:
-        is_clients = cap == request.tts.max_total_tokens
-        source = "tts.max_total_tokens" if is_clients else caps.source or "the server's limit AUTOTTS_MAX_TOTAL_TOKENS"
-        remedy = "raise it" if is_clients else "ask for shorter replies, or ask the operator to raise it"
-        raise BadRequest(
-            f"{source} is {cap} tokens; this request needs at least {least} for one interval and its answer; {remedy}",
-            param="tts.max_total_tokens" if is_clients else None,
-            code="cap_too_small",
-        )
-    return _RequestLimits(
-        EnvironmentLimits(
-            settings.interval, branch, probe, ahead, sent_bytes=settings.max_sent_bytes, cut_probes=cut_probes
-        ),
-        Limits(
-            interval=settings.interval,
-            max_branches=caps.branches,
-            branch_tokens=branch,
-            probe_tokens=suffix + probe,
-            max_tokens=None if cap is None else cap - reserve,
-        ),
-        FinalAnswerLimits(finalise, probe),
-    )
+    return _Lengths(branch, finalise, reserve, reserve + interval, ahead, cut_probes)
+
+
+def _least_cap(settings: Settings, request: GenerationRequest, sizes: _Sizes, least: int) -> int:
+    """Return the smallest token cap from `least` on that fits its own lengths, because a larger cap reserves more.
+
+    Raises BadRequest if the prompt leaves no room in the model's context for it.
+    """
+    while (needed := _lengths(settings, request, sizes, least).least) > least:
+        least = needed
+    return least
 
 
 def smallest(*limits: T | None) -> T | None:

@@ -167,6 +167,25 @@ async def test_a_cap_too_small_for_any_answer_is_refused(proxy: Proxy) -> None:
     assert proxy.backend.generated == 0
 
 
+@pytest.mark.parametrize("tts", [{}, {"answer": "boxed"}, {"answer": "choice"}, {"answer": "regex:a(b)"}])
+@pytest.mark.parametrize("more", [{}, {"stop": "zzz"}, {"max_tokens": 9}, {"max_tokens": 9, "stop": ["zzz"]}])
+@pytest.mark.parametrize("beta", ["0.1", "1"])
+async def test_the_cap_that_a_refusal_names_is_the_smallest_that_serves_the_request(
+    proxy: Proxy, beta: str, more: dict[str, Any], tts: dict[str, Any]
+) -> None:
+    content = "Which? " * (len(beta) + len(more))
+    body = {"messages": [{"role": "user", "content": content}], **more}
+    _, _, reply = await proxy.ask(beta, **body, tts={**tts, "max_total_tokens": 1})
+    least = int(reply["error"]["message"].partition("needs at least ")[2].split()[0])
+    status, _, reply = await proxy.ask(beta, **body, tts={**tts, "max_total_tokens": least})
+    assert status == 200, reply
+    assert reply["tts"]["tokens"]["total"] <= least
+    for cap in (least // 2, least - 1):
+        status, _, reply = await proxy.ask(beta, **body, tts={**tts, "max_total_tokens": cap})
+        assert (status, reply["error"]["code"]) == (400, "cap_too_small")
+        assert f"needs at least {least} " in reply["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("controller", "after", "content"),
     [
