@@ -23,9 +23,9 @@ from proxy.api.service import Service
 from proxy.episode.plan import CONTEXT_EXCEEDED, fail_after, plan_request
 from proxy.episode.progress import RoundReport
 from proxy.episode.reply_plan import plan_reply
-from proxy.episode.run import serve_request
+from proxy.episode.run import record_unstarted, serve_request
 from proxy.episode.tts_object import early_headers, reply_headers
-from proxy.errors import BadRequest
+from proxy.errors import BadRequest, DeadlinePassed
 from proxy.http.access_log import LoggedEpisodes
 from proxy.http.sse import StreamedResponse, cancel_on_disconnect, progress_and_result
 from proxy.passthrough.unapplied_beta import GREEDY, NO_BETA
@@ -271,8 +271,14 @@ class GenerationEndpoints:
 
         async with AsyncExitStack() as stack:
             with DisconnectCounter(service.metrics, plan.prompt.model):
-                async with fail_after(plan.remaining_s):
-                    await stack.enter_async_context(slot)
+                try:
+                    async with fail_after(plan.remaining_s):
+                        await stack.enter_async_context(slot)
+                except DeadlinePassed:
+                    record_unstarted(
+                        service.engine, service.grading, service.controllers, service.episode_log, plan
+                    )
+                    raise
             reply = await serve_request(
                 service.engine,
                 service.grading,

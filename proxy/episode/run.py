@@ -103,6 +103,17 @@ async def serve_request(
             episode_log.record(plan, runner, environment, state, reply, outcome)
 
 
+def record_unstarted(
+    engine: Upstream, graders: GraderPool, controllers: ControllerManager, episode_log: EpisodeLog, plan: Plan
+) -> None:
+    """Record a planned request whose deadline passed before its turn came, so that nothing was generated."""
+    environment = _open_environment(engine.route(plan.prompt.model, lambda: plan.affinity), graders, plan)
+    state = State(plan.limits)
+    state.end(Stop.DEADLINE)
+    runner = ControllerRunner(controllers, plan.choice, plan.prompt.model, None, plan.agreement_rule)
+    episode_log.record(plan, runner, environment, state, None, "failed")
+
+
 def _is_invalid_request(error: ApiError) -> bool:
     """Return whether the upstream refused a request as invalid before it generated anything."""
     return isinstance(error, UpstreamError) and error.is_request_at_fault and not error.spent

@@ -296,6 +296,21 @@ async def test_a_deadline_before_the_first_token_is_504(proxy: Proxy, monkeypatc
     assert headers["x-should-retry"] == "false"  # a client's retries would wait as long again
 
 
+@pytest.mark.parametrize("controller", ["cmc", "single"])
+async def test_a_deadline_without_a_thought_is_504_though_the_upstream_would_answer(
+    proxy: Proxy, controller: str
+) -> None:
+    proxy.backend.gate.clear()
+    asking = asyncio.create_task(proxy.ask("1", tts={"deadline_s": 0.5, "controller": controller, "answer": "boxed"}))
+    await proxy.backend.busy.wait()
+    await proxy.backend.idle.wait()  # the deadline has passed, and the round was aborted
+    proxy.backend.gate.set()
+    status, headers, reply = await asking
+    assert (status, reply["error"]["code"]) == (504, "deadline_passed")
+    assert len(proxy.backend.requests) == 1
+    assert headers["x-should-retry"] == "false"
+
+
 class SilentTokenizer(FakeVLLM):
     """Fake vLLM whose `/tokenize` never answers."""
 

@@ -103,6 +103,32 @@ async def test_a_stored_episode_replays_to_the_same_decisions_and_answer(
     assert about["answers"][state.answer] == kept.answer
 
 
+async def test_a_deadline_that_passes_in_the_queue_or_before_the_first_token_is_stored(
+    backend: FakeVLLM, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.db"
+    async with serving(backend, path, max_episodes=1) as proxy:
+        backend.fault = "hang"
+        first = asyncio.create_task(proxy.ask("0.5", tts={"answer": "boxed"}))
+        await backend.hanging.wait()
+        status, headers, _ = await proxy.ask("0.5", tts={"answer": "boxed", "deadline_s": 0.3})
+        assert status == 504
+        queued = headers["x-request-id"]
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await backend.idle.wait()
+        backend.gate.clear()
+        status, headers, _ = await proxy.ask("0.5", tts={"answer": "boxed", "deadline_s": 0.5})
+        assert status == 504
+        silent = headers["x-request-id"]
+        status, found = await call(proxy, "GET", f"/v1/tts/requests/{queued}", ADMIN)
+        assert (status, found["stop"]) == (200, "deadline")
+    stored = {episode.request_id: episode for episode in await episodes(path)}
+    for request in (queued, silent):
+        assert (stored[request].stop, stored[request].answer, stored[request].rounds) == ("deadline", None, 0)
+        assert sum(stored[request].ledger.values()) == 0
+
+
 async def test_cut_failed_and_cancelled_episodes_are_stored_with_their_stop_reason(
     backend: FakeVLLM, tmp_path: Path
 ) -> None:
