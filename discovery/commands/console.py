@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from controllers.sandbox.frames import printable
 
+UNWRAPPED_WIDTH: Final = 10_000
+"""Width of an output that is not a terminal, in characters: programs search it by lines, so none is broken."""
+
 
 def wide_console() -> Console:
-    """Return a console on standard output, wide enough for every column if that is not a terminal."""
+    """Return a console on standard output that breaks no line if that is not a terminal."""
     console = Console()
-    return console if console.is_terminal else Console(width=160)
+    return console if console.is_terminal else Console(width=UNWRAPPED_WIDTH)
 
 
 def print_plain(console: Console, text: str, style: str = "") -> None:

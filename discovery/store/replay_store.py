@@ -292,10 +292,11 @@ class Store:
         client_id: str | None = None,
         without_controller: str | None = None,
         tenant: str | None = None,
+        stop: str | None = None,
     ) -> list[ServedEpisode]:
         """Return the episodes that ended last, latest first, of a model or with a client's own request id.
 
-        `tenant` is the beginning of a tenant's hash.
+        `stop` is why they ended. `tenant` is the beginning of a tenant's hash.
         Episodes of the controller `without_controller`, or of that name with `@N`, are left out.
         """
         conditions: list[tuple[str, str]] = []
@@ -307,6 +308,8 @@ class Store:
             ]
         if model is not None:
             conditions.append(("model = ?", model))
+        if stop is not None:
+            conditions.append(("stop = ?", stop))
         if tenant is not None:
             conditions.append((f"substr(tenant, 1, {len(tenant)}) = ?", tenant))
         if client_id is not None:

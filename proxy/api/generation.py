@@ -275,9 +275,7 @@ class GenerationEndpoints:
                     async with fail_after(plan.remaining_s):
                         await stack.enter_async_context(slot)
                 except DeadlinePassed:
-                    record_unstarted(
-                        service.engine, service.grading, service.controllers, service.episode_log, plan
-                    )
+                    record_unstarted(service.engine, service.grading, service.controllers, service.episode_log, plan)
                     raise
             reply = await serve_request(
                 service.engine,

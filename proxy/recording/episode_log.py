@@ -221,7 +221,10 @@ def _same(answer: str, recorded: str) -> bool:
 
 
 def _unknown(request: str) -> NotFound:
-    message = f"unknown request {request!r}, or one of another API key, or one that was passed through or refused"
+    message = (
+        f"unknown request {request!r}, or one that was sent with another API key or bearer token "
+        "(the client's api_key; send the same), or one that was passed through or refused"
+    )
     return NotFound(message, param="request_id", code="unknown_request")
 
 

@@ -57,9 +57,9 @@ class AwayPolicy(StrEnum):
 class StoreText(StrEnum):
     """Text of requests that is stored."""
 
-    NONE = "none"  # hashes of questions, and answers as numbers
-    HASH = "hash"  # answers, and hashes of questions
-    FULL = "full"  # questions and answers
+    NONE = "none"  # hashes of questions and answers
+    HASH = "hash"  # answers as written, and hashes of questions
+    FULL = "full"  # questions, answers and replies as written
 
 
 class LogForm(StrEnum):
@@ -280,8 +280,8 @@ class Settings(BaseSettings):
     )
     store_text: StoreText = Field(
         StoreText.NONE,
-        description="text that is stored: `none` (hashes only), `hash` (answers, and hashes of questions), `full` "
-        "(questions and answers)",
+        description="text that is stored: `none` (no text, but hashes of questions and answers), `hash` (answers as "
+        "written; of questions only hashes), `full` (questions, answers and replies as written)",
     )
     retain_days: Annotated[float, Field(gt=0, le=36500, allow_inf_nan=False)] | None = Field(
         None,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from controllers import Stop
 from discovery.commands.console import add_plain_row, wide_console
 from discovery.commands.options import DEFAULT_STORE, AsJson, Place
 from discovery.commands.store import with_store
@@ -35,6 +36,8 @@ UNBROKEN_WIDTH = 160
 
 SHOWN_CHARS = 8
 """Characters of a tenant's hash that the table shows."""
+STOPS = (*Stop, "disconnected", "draining", "failed")
+"""Why a request ended: the stop reasons of episodes, and those of requests without a reply."""
 RECORDER = "everything"
 """Controller of the requests of `autotts collect`, which would push clients' requests off the list."""
 
@@ -58,17 +61,22 @@ def list_requests(
         str | None,
         typer.Option(help="only requests of this key: its tenant in `autotts keys list`, or the beginning of that"),
     ] = None,
+    stop: Annotated[
+        str | None, typer.Option(help=f"only requests that ended for this reason: {', '.join(STOPS)}")
+    ] = None,
     with_recordings: Annotated[
         bool, typer.Option("--all", help=f"also requests that only record branches (controller {RECORDER})")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the latest requests with their cost and feedback."""
+    if stop is not None and stop not in STOPS:
+        raise typer.BadParameter(f"{stop!r} is not one of {', '.join(STOPS)}", param_hint="--stop")
     hidden = None if with_recordings or client_id is not None else RECORDER
     beginning = None if tenant is None else tenant.removeprefix("#")
 
     async def read(opened: Store) -> list[tuple[ServedEpisode, list[Feedback]]]:
-        latest = await opened.latest(limit, model, client_id, hidden, beginning)
+        latest = await opened.latest(limit, model, client_id, hidden, beginning, stop)
         return [(episode, await opened.feedback(episode.request_id)) for episode in latest]
 
     rows = [_figures(episode, feedback) for episode, feedback in with_store(place, read)]

@@ -9,7 +9,8 @@ from proxy.api.formats.completion_chunks import ChunkFormat, chunk_head, reasoni
 from proxy.api.formats.endpoint_format import EpisodeNews
 from proxy.http.sse import split_text
 from proxy.requests.chat_request import ChatRequest
-from proxy.types import Plan, Reply
+from proxy.requests.field_table import TOOL_CHOICE
+from proxy.types import Message, Plan, Reply
 
 
 def to_json(request: ChatRequest, reply: Reply) -> dict[str, Any]:
@@ -18,7 +19,7 @@ def to_json(request: ChatRequest, reply: Reply) -> dict[str, Any]:
     is_call = bool(message.tool_calls)
     content: dict[str, Any] = {
         "role": "assistant",
-        "content": message.content or (None if is_call else ""),
+        "content": message.content or _no_content(request, message),
         "refusal": None,
     }
     if is_call:
@@ -33,6 +34,17 @@ def to_json(request: ChatRequest, reply: Reply) -> dict[str, Any]:
         "usage": reply.usage,
         "tts": reply.tts,
     }
+
+
+def _no_content(request: ChatRequest, message: Message) -> str | None:
+    """Return vLLM's `content` of a reply without text.
+
+    It is null after a thought or calls, and in a reply that was cut, unless the request forced a call.
+    """
+    choice = (request.model_extra or {}).get(TOOL_CHOICE)
+    is_forced = choice not in (None, "auto", "none")
+    is_null = message.reasoning is not None or message.tool_calls or message.finish_reason == "length"
+    return None if is_null and not is_forced else ""
 
 
 def _tool_call_parts(calls: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

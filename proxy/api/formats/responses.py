@@ -193,10 +193,9 @@ def _reasoning_item(plan: Plan, summary: str, reasoning: str) -> dict[str, Any]:
 
 
 def _output_items(plan: Plan, message: Message) -> list[dict[str, Any]]:
-    """Return the items of a message: its text, unless it only calls functions, and each call."""
-    is_text = bool(message.content) or not message.tool_calls
+    """Return the items of a message: its text, unless it has none, and each call."""
     calls = [_call_item(plan, message, number) for number in range(len(message.tool_calls))]
-    return [*([_message_item(plan, message)] if is_text else []), *calls]
+    return [*([_message_item(plan, message)] if message.content else []), *calls]
 
 
 def _call_item(plan: Plan, message: Message, number: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, Final
 from starlette.responses import Response
 
 from controllers.errors import ControllersError
+from discovery.answers import is_redacted
 from discovery.audit.explain import display_answer, explain, label_names
 from discovery.audit.vote_margin import describe_agreement
 from discovery.audit.what_if import what_if
@@ -183,6 +184,7 @@ def _details(episode: ServedEpisode) -> dict[str, Any]:
     return {
         "episode": episode,
         "explanation": explanation,
+        "is_hashed": any(is_redacted(answer) for answer in episode.about.get("answers") or ()),
         "picture": draw(episode, label_names(explanation["answers"])),
         "created": datetime.fromisoformat(episode.created),
         "seconds": episode.about.get("seconds"),

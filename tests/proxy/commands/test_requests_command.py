@@ -52,6 +52,29 @@ async def test_requests_list_shows_the_latest_request_first(backend: FakeVLLM, t
     assert "correct True" in table
 
 
+async def test_a_piped_list_breaks_no_word_and_can_be_restricted_to_a_stop_reason(
+    backend: FakeVLLM, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.db"
+    name = "n" * 120
+    body = {"messages": [{"role": "user", "content": "hi"}], "tts": {"beta": 0, "answer": "boxed"}}
+    async with serving(backend, path) as proxy:
+        for tts in ({"beta": 0, "answer": "boxed"}, {"beta": 1, "answer": "boxed", "max_total_tokens": 900}):
+            sent, fields = {"x-request-id": name}, {**body, "tts": tts}
+            async with proxy.http.post(f"{proxy.url}/v1/chat/completions", json=fields, headers=sent) as response:
+                assert response.status == 200
+    table = autotts("requests", "list", "--store", str(path)).stdout
+    for row in listed(path):
+        [line] = [line for line in table.splitlines() if row["request"] in line]
+        for cell in (name, row["model"], row["controller"], row["stop"], row["created"][:19]):
+            assert cell in line
+    assert [row["stop"] for row in listed(path, "--stop", "max_tokens")] == ["max_tokens"]
+    assert [row["stop"] for row in listed(path, "--stop", "answered")] == ["answered"]
+    refused = autotts("requests", "list", "--store", str(path), "--stop", "anwsered")
+    assert refused.returncode == 2
+    assert "disconnected" in refused.stderr
+
+
 async def test_requests_can_be_listed_by_key(backend: FakeVLLM, tmp_path: Path) -> None:
     path, keys = tmp_path / "s.db", tmp_path / "keys.toml"
     keys.write_text("\n".join(api_keys.key_file_entry(name, name) for name in ("alice", "bob")))

@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from openai import OpenAI
+from openai import OpenAI, omit
 
 from proxy.episode import run
 from proxy.probe_templates import LEAD
@@ -93,6 +93,26 @@ async def test_the_openai_client_reads_a_stream(proxy: Proxy) -> None:
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == proxy.backend.generated
     assert chunks[-1].tts["stop"] == "answered"  # type: ignore[attr-defined]
+
+
+async def test_only_the_header_turns_off_a_default_header(proxy: Proxy) -> None:
+    async def applied(model: str = MODEL, headers: Any = None, **fields: Any) -> tuple[str | None, str | None]:
+        raw = await client.chat.completions.with_raw_response.create(
+            model=model, messages=[{"role": "user", "content": "hi"}], extra_headers=headers, **fields
+        )
+        return raw.headers.get("x-tts-beta"), raw.headers.get("x-tts-branches")
+
+    async with proxy.openai.with_options(default_headers={"x-tts-beta": "0.5"}) as client:
+        for fields in ({"extra_body": {"tts": {"beta": 0}}}, {"model": f"{MODEL}@0"}, {"reasoning_effort": "none"}):
+            beta, branches = await applied(**fields)
+            assert beta == "0.5"
+            assert int(branches or 0) > 1
+        controller = {"tts": {"controller": "single"}}
+        assert await applied(headers={"x-tts-beta": "0"}, extra_body=controller) == ("0", "1")
+        raw = await client.chat.completions.with_raw_response.create(
+            model=MODEL, messages=[{"role": "user", "content": "hi"}], extra_headers={"x-tts-beta": omit}
+        )
+        assert (raw.headers["x-tts-applied"], raw.headers["x-tts-reason"]) == ("false", "no_beta")
 
 
 async def test_the_synchronous_openai_client_works(proxy: Proxy) -> None:
@@ -222,7 +242,7 @@ async def reply_soon(proxy: Proxy, *, stream: bool, **fields: Any) -> tuple[str,
             status, _, reply = await proxy.ask("0.5", **fields)
             assert status == 200, reply
             choice = reply["choices"][0]
-            result = choice["message"]["content"], choice["finish_reason"], reply["tts"]
+            result = choice["message"]["content"] or "", choice["finish_reason"], reply["tts"]
         else:
             body = {"messages": [{"role": "user", "content": "hi"}], "stream": True, **fields}
             headers = {"x-tts-beta": "0.5"}

@@ -199,6 +199,7 @@ async def test_a_request_is_visible_to_its_tenant_and_admins_only(backend: FakeV
         for key in ("other", "", f"{ADMIN}x"):
             status, reply = await call(proxy, "GET", where, key)
             assert (status, reply["error"]["code"]) == (404, "unknown_request")
+            assert "or bearer token (the client's api_key; send the same)" in reply["error"]["message"]
         feedback = {"request_id": mine["id"], "correct": True}
         assert (await call(proxy, "POST", "/v1/tts/feedback", "other", feedback))[0] == 404
         assert (await call(proxy, "POST", "/v1/tts/feedback", "mine", feedback))[0] in (200, 202)

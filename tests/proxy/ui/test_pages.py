@@ -273,6 +273,20 @@ async def test_a_request_is_shown_with_its_picture_bill_and_reason(local: Browse
     assert "style=" not in page
 
 
+@pytest.mark.parametrize("store_text", ["none", "hash"])
+async def test_a_request_says_that_its_answers_are_hashes_if_they_are(
+    backend: FakeVLLM, tmp_path: Path, store_text: str
+) -> None:
+    settings = load(upstream=backend.url, store=tmp_path / "s.db", store_text=store_text, **SMALL)
+    async with running(settings) as url:
+        client = Browser(url)
+        request_id = await asked(url, tts={"beta": 0.5, "answer": "boxed"})
+        page = await until_shown(client, f"/ui/requests/{request_id}", "Why it stopped")
+        await client.close()
+    assert ("AUTOTTS_STORE_TEXT=hash" in page) == (store_text == "none")
+    assert ("The controller answered 7" in page) == (store_text == "hash")
+
+
 async def test_a_request_that_was_cut_in_its_first_round_says_so(backend: FakeVLLM, local: Browser) -> None:
     backend.fault = "hang"
     tts = {"beta": 1, "controller": "self_consistency", "answer": "boxed"}
