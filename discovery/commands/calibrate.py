@@ -34,10 +34,11 @@ from discovery.commands.options import (
     registry_option,
 )
 from discovery.commands.promote import Who
-from discovery.data.atomic_files import check_writable_path
+from discovery.data.atomic_files import check_output
 from discovery.data.recordings import Split
 from discovery.errors import PromotionError, RecordingsNotFound
 from discovery.evaluation.calibration import (
+    CALIBRATION_FILE,
     Arm,
     Calibrations,
     ChosenCalibration,
@@ -109,7 +110,7 @@ def calibrate_command(
         raise typer.BadParameter(f"{option} needs at least two --controllers: the default, and others to choose from")
     if opened is not None:
         _check_default(opened, specs[0])
-    check_writable_path(out, "--out")
+    check_output(out, "--out", CALIBRATION_FILE)
     source = open_source(recordings)
     available = [cell for cell in source.cells() if split is not None or cell.split is not Split.HELD_OUT]
     if not available:

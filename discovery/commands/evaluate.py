@@ -38,6 +38,7 @@ from discovery.commands.options import (
     output_figures,
     parse_shown_signals,
 )
+from discovery.data.atomic_files import json_list
 from discovery.data.recordings import Cell, LabelSource, Split
 from discovery.evaluation.afs import afs_by_cell
 from discovery.evaluation.engines import EngineName, make_engine
@@ -105,7 +106,7 @@ def evaluate(
     check_cluster_options(engine, address, workers)
     if plot is not None:
         check_plot(plot)
-    check_json_target(json_to)
+    check_json_target(json_to, json_list("JSON of `autotts evaluate`", "controller", "beta", "accuracy", "tokens"))
     source = open_source(recordings)
     cells = select_cells(source.cells(), split_names(models), split_names(benchmarks), split)
     _warn_of_held_out(cells)

@@ -33,16 +33,16 @@ from discovery.commands.options import (
     Workers,
     check_cluster_options,
 )
-from discovery.data.atomic_files import check_writable_path
+from discovery.data.atomic_files import check_output
 from discovery.data.recordings import Split
 from discovery.errors import GateError
 from discovery.evaluation.engines import EngineName
 from discovery.promotion.conditions import GateTerms
 from discovery.promotion.gate import GateJob
 from discovery.promotion.ledger import Ledger
-from discovery.promotion.power_plan import ORDERS
+from discovery.promotion.power_plan import ORDERS, PLAN_FILE
 from discovery.promotion.searched_questions import charged_probe_tokens, check_not_card
-from discovery.promotion.verdict import GateReport, GateVerdict, describe_savings, report_of
+from discovery.promotion.verdict import REPORT_FILE, GateReport, GateVerdict, describe_savings, report_of
 from discovery.store import child_environment
 from discovery.store.records import utc_now
 
@@ -111,8 +111,8 @@ def gate(
         raise typer.BadParameter("give --model or --models, not both; --model makes the verdict one about that model")
     check_cluster_options(engine, address, workers)
     if report is not None:
-        check_writable_path(report, "--report")
         check_not_card(report, (file, champion))
+        check_output(report, "--report", PLAN_FILE if plan else REPORT_FILE)
     with tempfile.TemporaryDirectory(prefix="autotts-") as folder:
         job = GateJob(
             finalist=file,

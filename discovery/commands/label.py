@@ -12,6 +12,7 @@ from rich.table import Table
 from discovery.commands.console import wide_console
 from discovery.commands.options import DEFAULT_STORE, JsonTarget, Place, check_json_target, output_figures
 from discovery.commands.store import with_store
+from discovery.data.atomic_files import json_object
 from discovery.data.questions import read_questions
 from discovery.data.recordings import LabelSource
 from discovery.evaluation.answer_votes import MIN_BRANCHES, MIN_CALIBRATION_ANSWERS, MIN_MARGIN, Agreement
@@ -36,7 +37,7 @@ def label(
     json_to: JsonTarget = None,
 ) -> None:
     """Label questions from references, feedback and votes, and report how far these agree."""
-    check_json_target(json_to)
+    check_json_target(json_to, json_object("JSON of `autotts label`", "written", "removed", "consensus"))
     questions = [] if references is None else read_questions(references)
     report = with_store(place, lambda store: update_labels(store, questions, min_margin, min_branches))
     figures = json.dumps(report.as_json(), indent=2) + "\n"

@@ -13,7 +13,7 @@ import typer
 
 from controllers.signals import ALL_SIGNALS, NO_SIGNALS, Signal, parse_signals
 from discovery.commands.console import split_names
-from discovery.data.atomic_files import atomic_write, check_writable_path
+from discovery.data.atomic_files import OutputKind, atomic_write, check_output
 from discovery.evaluation.engines import EngineName
 from discovery.evaluation.evaluate import ANSWERS_HELP, AnswerComparison
 from discovery.store import DatabaseUrl, StorePlace, parse_place
@@ -149,10 +149,10 @@ def check_cluster_options(engine: StrEnum, address: str | None, workers: int | N
         )
 
 
-def check_json_target(json_to: str | None) -> None:
-    """Raise FileWriteError, before costly work, if the file given with `--json` could not be written."""
+def check_json_target(json_to: str | None, kind: OutputKind) -> None:
+    """Raise FileWriteError, before costly work, if the file given with `--json` may not or could not be written."""
     if json_to not in (None, STDOUT):
-        check_writable_path(Path(json_to), "--json")
+        check_output(Path(json_to), "--json", kind)
 
 
 def output_figures(

@@ -27,6 +27,7 @@ from discovery.audit.parity_report import (
 from discovery.commands.console import add_plain_row, print_plain, split_names, wide_console
 from discovery.commands.options import DEFAULT_STORE, JsonTarget, Place, check_json_target, output_figures
 from discovery.commands.store import with_store
+from discovery.data.atomic_files import json_object
 from discovery.data.recordings import LabelSource
 from discovery.errors import RecordingsNotFound
 from discovery.evaluation.evaluate import SELECTED_BY_OUTCOME, UNEVEN_FEEDBACK
@@ -60,7 +61,7 @@ def parity_command(
     beta_value = None if beta is None else parse_beta(beta, "--beta")
     if plot is not None:
         check_plot(plot)
-    check_json_target(json_to)
+    check_json_target(json_to, json_object("JSON of `autotts parity`", "decisions", "reproduced", "means"))
     served = _select(place, with_store(place, load_records), controller, beta_value)
     with Console(stderr=True).status("replaying decisions and episodes…"):
         report = check_parity(served, specs, shuffles)

@@ -18,8 +18,8 @@ from rich.table import Table
 
 from discovery.commands.console import print_plain, split_names, wide_console
 from discovery.commands.options import DEFAULT_STORE, AnyPlace, AsJson, Benchmarks, Models, Place
-from discovery.data.atomic_files import atomic_write, check_writable_path, readable_warning
-from discovery.data.importers import format_recording_line, read_jsonl, read_release, release_files
+from discovery.data.atomic_files import OutputKind, atomic_write, check_output, readable_warning
+from discovery.data.importers import format_recording_line, holds_recordings, read_jsonl, read_release, release_files
 from discovery.data.recordings import Origin, RecordedQuestion, Split, default_split
 from discovery.errors import RecordingsNotFound, StoreDamaged, StoreError
 from discovery.evaluation.sources import open_source, select_cells
@@ -175,7 +175,7 @@ def export(
     split: Annotated[Split | None, typer.Option(help="split of the questions (default: all)")] = None,
 ) -> None:
     """Export recordings to a file that `autotts import jsonl` reads."""
-    check_writable_path(to, "export")
+    check_output(to, "export", OutputKind("a file of recordings", holds_recordings))
     source = open_source(place)
     cells = select_cells(source.cells(), split_names(models), split_names(benchmarks), split)
     count = 0

@@ -1,4 +1,4 @@
-"""Write files atomically and privately, and never over a database; helpers for locking, syncing and lines."""
+"""Write files atomically and privately, and never over others' files; helpers for locking, syncing and lines."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import os
 import secrets
 import sqlite3
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Final, NamedTuple
 
+from discovery.data.safe_json import parse_json
 from discovery.errors import FileWriteError
 
 BLOCK: Final = 1 << 16
@@ -87,6 +88,57 @@ def check_writable_path(path: Path, option: str) -> None:
     if path.is_dir():
         raise FileWriteError(f"{option} {path}: is a folder; name a file")
     _refuse_database(path, f"{option} {path}")
+
+
+class OutputKind(NamedTuple):
+    """A kind of file that a command writes, and how one is recognised."""
+
+    name: str
+    is_kind: Callable[[Path], bool]  # raises OSError or ValueError for some files of other kinds
+
+
+def json_object(name: str, *keys: str) -> OutputKind:
+    """Return the kind of JSON objects with these keys."""
+    return OutputKind(name, lambda path: _have(keys, parse_json(path.read_bytes())))
+
+
+def json_list(name: str, *keys: str) -> OutputKind:
+    """Return the kind of JSON lists of objects with these keys."""
+
+    def is_kind(path: Path) -> bool:
+        content = parse_json(path.read_bytes())
+        return isinstance(content, list) and _have(keys, *content)
+
+    return OutputKind(name, is_kind)
+
+
+def json_mapping(name: str, *keys: str) -> OutputKind:
+    """Return the kind of JSON objects whose values are objects with these keys."""
+
+    def is_kind(path: Path) -> bool:
+        content = parse_json(path.read_bytes())
+        return isinstance(content, Mapping) and bool(content) and _have(keys, *content.values())
+
+    return OutputKind(name, is_kind)
+
+
+def _have(keys: tuple[str, ...], *objects: object) -> bool:
+    return all(isinstance(item, Mapping) and all(key in item for key in keys) for item in objects)
+
+
+def check_output(path: Path, option: str, kind: OutputKind) -> None:
+    """Raise FileWriteError, before costly work, if `path` could not be written or holds a file of another kind."""
+    check_writable_path(path, option)
+    if not path.is_file():
+        return
+    try:
+        is_replaceable = path.stat().st_size == 0 or kind.is_kind(path)
+    except (OSError, ValueError):
+        is_replaceable = False
+    if not is_replaceable:
+        raise FileWriteError(
+            f"{option} {path}: the file is not {kind.name} and would be lost; name another file, or move it away"
+        )
 
 
 def is_database_file(path: Path) -> bool:

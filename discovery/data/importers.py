@@ -282,6 +282,16 @@ def parse_recording_line(text: bytes) -> RecordingLine:
         raise BadRecording(_first_problem(error)) from None
 
 
+def holds_recordings(path: Path) -> bool:
+    """Return whether the first line of a file is one of the generic format. Raises OSError."""
+    with path.open("rb") as file:
+        try:
+            parse_recording_line(file.readline())
+        except BadRecording:
+            return False
+    return True
+
+
 def _join_parts(lines: Sequence[tuple[str, RecordingLine]]) -> list[tuple[str, RecordedQuestion]]:
     """Return the recordings of `lines`, each with the place of its first line. Raises BadRecording if they disagree."""
     by_key: dict[object, tuple[str, RecordedQuestion]] = {}

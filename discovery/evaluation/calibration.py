@@ -21,7 +21,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from controllers.loading import Spec
 from controllers.voting import lead_probability
-from discovery.data.atomic_files import atomic_write
+from discovery.data.atomic_files import atomic_write, json_mapping
 from discovery.data.recordings import Cell
 from discovery.errors import DiscoveryError, problem_text
 from discovery.evaluation.engines import Engine
@@ -198,6 +198,7 @@ class Calibration:
 
 Calibrations = Mapping[str, Calibration]
 """Calibrations by model."""
+CALIBRATION_FILE: Final = json_mapping("a calibration", "controller", "points", "single")
 _FILE: Final = TypeAdapter(dict[str, Calibration])
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from discovery.data.atomic_files import atomic_write, check_writable_path
+from discovery.data.atomic_files import OutputKind, atomic_write, check_output
 from discovery.errors import FileWriteError
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ ENTRY_INCHES, LETTER_INCHES = 0.6, 0.07
 """Widths in a legend: of an entry without its text, and of a letter."""
 STEPS: Final = 40
 """Points of the line between two settings."""
+HEAD: Final = 4096
+"""Bytes at the beginning of a file in which the root element of an SVG is looked for."""
 
 
 class PlotPoint(NamedTuple):
@@ -47,7 +49,13 @@ def check_plot(path: Path) -> None:
     """Raise FileWriteError, before costly work, if a plot could not be written to `path`."""
     if path.suffix not in (".png", ".svg"):
         raise FileWriteError(f"--plot {path}: the name must end in .png or .svg")
-    check_writable_path(path, "--plot")
+    check_output(path, "--plot", OutputKind(f"a {path.suffix[1:].upper()} picture", _is_picture))
+
+
+def _is_picture(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    return head.startswith(b"\x89PNG\r\n") if path.suffix == ".png" else b"<svg" in head
 
 
 def mixtures(points: Sequence[PlotPoint]) -> NDArray[np.float64]:

@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from controllers.dial import parse_beta
 from controllers.errors import ControllersError
 from controllers.loading import parse_spec
-from discovery.data.atomic_files import check_writable_path
+from discovery.data.atomic_files import check_output
 from discovery.data.recordings import Cell, Split
 from discovery.errors import DiscoveryError, GateError, problem_text
 from discovery.evaluation.engines import EngineName, make_engine
@@ -32,7 +32,7 @@ from discovery.promotion.ledger import Ledger, check_ledger, fingerprint
 from discovery.promotion.power_plan import PowerPlan, make_plan
 from discovery.promotion.searched_questions import check_not_card, searched_questions
 from discovery.promotion.sequential_gate import run_sequential_gate
-from discovery.promotion.verdict import GateReport, JudgementContext, judge, report_of
+from discovery.promotion.verdict import REPORT_FILE, GateReport, JudgementContext, judge, report_of
 from discovery.store import StorePlace, parse_place
 
 BAD_INPUT = 2
@@ -114,8 +114,8 @@ class GateJob:
 
     def run(self) -> GateReport:
         """Judge the finalist and write the report. Raises DiscoveryError or ControllersError."""
-        check_writable_path(self.report, "--report")
         check_not_card(self.report, (self.finalist, self.champion))
+        check_output(self.report, "--report", REPORT_FILE)
         check_ledger(self.ledger)
         source = open_source(self.recordings)
         run = run_sequential_gate if self.sequential else run_gate

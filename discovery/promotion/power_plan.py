@@ -22,7 +22,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from discovery.data.atomic_files import atomic_write
+from discovery.data.atomic_files import atomic_write, json_object
 from discovery.data.recordings import Cell, RecordedQuestion, Split
 from discovery.errors import GateError
 from discovery.evaluation.evaluate import scorable_recordings
@@ -116,6 +116,9 @@ class PowerPlan:
         """Write the plan as JSON. Raises FileWriteError."""
         with atomic_write(path) as file:
             file.write((json.dumps(_named(self), indent=2, ensure_ascii=False) + "\n").encode())
+
+
+PLAN_FILE: Final = json_object("a plan of the gate", "variance", "observed_gain", "rows")
 
 
 def _named(plan: PowerPlan) -> dict[str, Any]:

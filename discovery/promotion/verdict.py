@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from discovery.data.atomic_files import atomic_write
+from discovery.data.atomic_files import atomic_write, json_object
 from discovery.data.recordings import Cell
 from discovery.evaluation.paired_statistics import (
     ONE_SIDED,
@@ -180,6 +180,7 @@ class GateReport:
 
 
 _REPORT: Final = TypeAdapter(GateReport)
+REPORT_FILE: Final = json_object("a report of the gate", "verdict", "delta_afs", "conditions")
 
 
 def report_of(data: Mapping[str, Any]) -> GateReport:

@@ -19,6 +19,7 @@ from discovery.commands.options import (
     check_json_target,
     output_figures,
 )
+from discovery.data.atomic_files import json_list
 from discovery.data.recordings import Cell, Split
 from discovery.evaluation.evaluate import AnswerComparison, intern_compared, scorable_recordings
 from discovery.evaluation.signal_quality import QualityFigure, SignalQuality, measure_signals
@@ -37,7 +38,7 @@ def signals(
     json_to: JsonTarget = None,
 ) -> None:
     """Measure how well confidences and lengths tell right chains from wrong ones of the same question."""
-    check_json_target(json_to)
+    check_json_target(json_to, json_list("JSON of `autotts signals`", "model", "benchmark", "split", "by_chain"))
     source = open_source(recordings)
     available = source.cells()
     open_cells = [cell for cell in available if cell.split is not Split.HELD_OUT]
