@@ -53,7 +53,7 @@ class Service:
             observer=tracing.TelemetryObserver(self.metrics, self.tracer),
             on_event=self._count_upstream_event,
         )
-        self.health_monitor = HealthMonitor(engine.display_url, self._check_upstream, self.metrics)
+        self.health_monitor = HealthMonitor(lambda: engine.addresses, self._check_upstream, self.metrics)
         self.unapplied = UnappliedBeta(self.metrics, is_required=settings.required)
         self.grading = GraderPool(self.metrics)
         self.controllers = ControllerManager(settings, self.metrics, calibrations)

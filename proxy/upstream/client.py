@@ -1,9 +1,8 @@
 """Client of one vLLM server, over HTTP only.
 
 A prompt's text is tokenised once (`tokenise_chat`). After that, branches are continued by their token ids. Prefix
-caching makes that cheap, and the chat template cannot change earlier tokens. Generation is streamed a few dozen tokens
-at a time, so that the generated tokens are known when a request is cancelled. Closing the connection aborts the request
-at the server.
+caching makes that cheap, and the chat template cannot change earlier tokens. Tokens are streamed a few dozen at a time,
+so that those generated are known when a request is cancelled. Closing the connection aborts it at the server.
 """
 
 from __future__ import annotations
@@ -96,6 +95,7 @@ class UpstreamClient:
             on_event=on_event,
         )
         self.display_url = self._transport.display_url  # without credentials
+        self.addresses: Sequence[str] = (self.display_url,)
         self.read_timeout_s = read_timeout_s
         self.branch_semaphore = branch_semaphore or BranchSemaphore()
         self.token_endings = TokenEndings()

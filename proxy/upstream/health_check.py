@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -33,12 +34,12 @@ def is_failure(status: int) -> bool:
     return status >= _ERROR and status != _NOT_IMPLEMENTED
 
 
-def log_change(name: str, was_up: bool | None, is_up: bool, consequence: str) -> None:
+def log_change(addresses: Sequence[str], was_up: bool | None, is_up: bool, consequence: str) -> None:
     """Log that an upstream went down, and what follows from it, or that it is up again. `was_up` is None at first.
 
-    `name` may list several upstreams, separated by commas: they are up if one of them is.
+    There may be several `addresses`: they are up if one of them is.
     """
-    several = ", " in name
+    several, name = len(addresses) > 1, ", ".join(addresses)
     if was_up is not False and not is_up:
         logger.warning("%s %s is down; %s", "every upstream of" if several else "upstream", name, consequence)
     elif was_up is False and is_up:

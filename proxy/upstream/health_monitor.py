@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -22,12 +22,12 @@ class HealthMonitor:
 
     def __init__(
         self,
-        name: str,
+        addresses: Callable[[], Sequence[str]],
         check: Callable[[], Awaitable[bool]],
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._name = name  # of the upstream, for the log
+        self._addresses = addresses  # of the upstream, for the log; those of a fleet change
         self._check = check
         self._metrics = metrics
         self._clock = clock
@@ -59,7 +59,7 @@ class HealthMonitor:
     async def _check_once(self) -> None:
         was_healthy, self._is_healthy = self._is_healthy, await self._check()
         self._checked_at = self._clock()
-        log_change(self._name, was_healthy, self._is_healthy, "/ready is 503 until a health check passes")
+        log_change(self._addresses(), was_healthy, self._is_healthy, "/ready is 503 until a health check passes")
         self._metrics.upstream_up.set(self._is_healthy)
 
     async def _repeat(self) -> None:

@@ -53,8 +53,13 @@ class FleetClient:
     @property
     def display_url(self) -> str:
         """Addresses without credentials, for logs and clients."""
-        names = ", ".join(replica.name for replica in self._fleet.replicas)
-        return names if names or self._poller is None else self._poller.name
+        return ", ".join(self.addresses)
+
+    @property
+    def addresses(self) -> Sequence[str]:
+        """Address of each replica without credentials; the name to look them up by if none is known."""
+        names = [replica.name for replica in self._fleet.replicas]
+        return names if names or self._poller is None else [self._poller.name]
 
     @property
     def is_available(self) -> bool:

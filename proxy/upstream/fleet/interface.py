@@ -26,6 +26,10 @@ class Upstream(Protocol):
         """Address without credentials, for logs and clients."""
 
     @property
+    def addresses(self) -> Sequence[str]:
+        """Address of each server without credentials; the name to look them up by if none is known."""
+
+    @property
     def is_available(self) -> bool:
         """Whether requests may go out: a circuit breaker is closed."""
 

@@ -127,7 +127,7 @@ class Replica:
             self._report_missing()
         except UpstreamError:
             self.is_up = False
-        log_change(self.name, was_up, self.is_up, "it gets no new requests until a health check passes")
+        log_change([self.name], was_up, self.is_up, "it gets no new requests until a health check passes")
         self.checks_passed += self.is_up
         self._checked_at = time.monotonic()
         return self.is_up

@@ -44,7 +44,7 @@ class CountedCheck:
 
 async def test_a_health_check_is_reused_until_it_is_stale() -> None:
     clock, health_check = Clock(), CountedCheck()
-    health_monitor = HealthMonitor("u", health_check, Metrics(), clock)
+    health_monitor = HealthMonitor(lambda: ["u"], health_check, Metrics(), clock)
     assert [await health_monitor.is_ready() for _ in range(100)] == [True] * 100
     assert health_check.count == 1
     health_check.is_well = False
@@ -54,26 +54,33 @@ async def test_a_health_check_is_reused_until_it_is_stale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "lines"),
+    ("addresses", "lines"),
     [
         (
-            "http://a",
+            ["http://a"],
             ["upstream http://a is down; /ready is 503 until a health check passes", "upstream http://a is up again"],
         ),
         (
-            "http://a, http://b",
+            ["http://a", "http://b"],
             [
                 "every upstream of http://a, http://b is down; /ready is 503 until a health check passes",
                 "at least one upstream of http://a, http://b is up again",
             ],
         ),
+        (
+            ["http://a/v1?x=1, 2"],
+            [
+                "upstream http://a/v1?x=1, 2 is down; /ready is 503 until a health check passes",
+                "upstream http://a/v1?x=1, 2 is up again",
+            ],
+        ),
     ],
 )
 async def test_the_log_says_whether_one_or_every_upstream_is_down(
-    name: str, lines: list[str], caplog: pytest.LogCaptureFixture
+    addresses: list[str], lines: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     clock, health_check = Clock(), CountedCheck()
-    health_monitor = HealthMonitor(name, health_check, Metrics(), clock)
+    health_monitor = HealthMonitor(lambda: addresses, health_check, Metrics(), clock)
     for health_check.is_well in (True, False, True):
         await health_monitor.is_ready()
         clock.now += FRESH_S
@@ -82,7 +89,7 @@ async def test_the_log_says_whether_one_or_every_upstream_is_down(
 
 async def test_concurrent_callers_share_a_health_check() -> None:
     health_check = CountedCheck()
-    health_monitor = HealthMonitor("u", health_check, Metrics(), Clock())
+    health_monitor = HealthMonitor(lambda: ["u"], health_check, Metrics(), Clock())
     health_check.gate.clear()
     asking = [asyncio.create_task(health_monitor.is_ready()) for _ in range(100)]
     await asyncio.sleep(0)
