@@ -118,9 +118,18 @@ def key_file_entry(name: str, token: str, *, admin: bool = False) -> str:
     return f'{name} = {{ sha256 = "{hash_key(token)}"{", admin = true" if admin else ""} }}'
 
 
-def tenant_names(keys: Iterable[Key], tenants: Iterable[str]) -> dict[str, str]:
-    """Return the name of each tenant's key; the beginning of its hash if it has none any more."""
-    names = {key.tenant: key.name for key in keys}
+def anonymous_tenant(token: str) -> str:
+    """Return the tenant of a token without a name: the admin key, or any if no keys are configured."""
+    return blake2b(token.encode(), digest_size=12).hexdigest() if token else ""
+
+
+def tenant_names(keys: Iterable[Key], tenants: Iterable[str], admin_key: str | None = None) -> dict[str, str]:
+    """Return the name of each tenant's key; the beginning of its hash if it has none any more.
+
+    `admin_key` is the server's admin key, if it has one and it is known.
+    """
+    names = {anonymous_tenant(admin_key): "admin key"} if admin_key else {}
+    names |= {key.tenant: key.name for key in keys}
     return {tenant: names.get(tenant, f"#{tenant[:_SHOWN_CHARS]}" if tenant else "no key") for tenant in tenants}
 
 

@@ -6,7 +6,6 @@ import logging
 import secrets
 from collections.abc import Collection, Mapping
 from enum import StrEnum
-from hashlib import blake2b
 from hmac import compare_digest, digest
 from typing import Final, NamedTuple
 
@@ -102,10 +101,10 @@ class Authenticator:
         token = _token(request)
         admin = self._admin_key
         if admin is not None and compare_digest(token.encode(), admin.get_secret_value().encode()):
-            tenant = _anonymous(token)
+            tenant = api_keys.anonymous_tenant(token)
             return Caller(tenant, True, salt=self._salt(tenant))
         if self.keyring is None:
-            return Caller(_anonymous(token), False)
+            return Caller(api_keys.anonymous_tenant(token), False)
         key = self.keyring.find(token) if token else None
         if key is None:
             problem = "unknown API key; send a key of this proxy" if token else "missing API key; send it"
@@ -119,7 +118,7 @@ class Authenticator:
         """
         admin = None if self._admin_key is None else self._admin_key.get_secret_value()
         if admin is not None and compare_digest(api_keys.hash_key(admin), token_hash):
-            tenant = _anonymous(admin)
+            tenant = api_keys.anonymous_tenant(admin)
             return Caller(tenant, True, salt=self._salt(tenant))
         key = None if self.keyring is None else self.keyring.find_hash(token_hash)
         return None if key is None else self._caller(key)
@@ -181,10 +180,6 @@ def _token(request: Request) -> str:
         return request.headers.get("x-api-key", "").strip()  # as clients of Anthropic's API send it
     scheme, _, token = given.partition(" ")
     return token.strip() if scheme.lower() == "bearer" else ""
-
-
-def _anonymous(token: str) -> str:
-    return blake2b(token.encode(), digest_size=12).hexdigest() if token else ""
 
 
 def check_host(settings: Settings) -> None:

@@ -88,13 +88,14 @@ def usage(
     from pydantic import SecretStr
 
     from proxy.admission import api_keys
+    from proxy.settings import find_admin_key
 
     key_list = os.environ.get(api_keys.KEYS_VARIABLE)
     ring = api_keys.load_keyring(file, SecretStr(key_list) if key_list else None)
     keys = () if ring is None else ring.keys
     period = Period.until_now(timedelta(days=days), Bucket.DAY)
     totals, prompts = asyncio.run(_read(place, period))
-    names = api_keys.tenant_names(keys, [*totals, *(key.tenant for key in keys)])
+    names = api_keys.tenant_names(keys, [*totals, *(key.tenant for key in keys)], find_admin_key())
     nothing = UsageTotal("", 0, 0, 0.0)
     rows = [
         KeyUsageRow(name, tenant, used.requests, used.tokens, prompts[tenant])

@@ -118,6 +118,15 @@ def export_places() -> None:
         os.environ[PREFIX + name.upper()] = value
 
 
+def find_admin_key() -> str | None:
+    """Return the admin key from the environment, else from the settings file. Raises SettingsError."""
+    if variable := _variable("admin_key"):
+        return variable
+    file = find_file()
+    value = None if file is None else _read(file).get("admin_key")
+    return value if isinstance(value, str) else None
+
+
 def unknown_variables() -> list[str]:
     """Return a sentence about each AUTOTTS_ variable that is no setting."""
     known = {PREFIX + name.upper() for name in Settings.model_fields} | OF_OTHERS

@@ -41,4 +41,6 @@ def scope_of(context: PageContext) -> Scope:
 def tenant_names(service: Service, tenants: Iterable[str]) -> dict[str, str]:
     """Return the name of each tenant's key; the beginning of its hash if it has none any more."""
     keyring = service.authenticator.keyring
-    return api_keys.tenant_names(() if keyring is None else keyring.keys, tenants)
+    admin_key = service.settings.admin_key
+    known = None if admin_key is None else admin_key.get_secret_value()
+    return api_keys.tenant_names(() if keyring is None else keyring.keys, tenants, known)

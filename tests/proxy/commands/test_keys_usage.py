@@ -76,6 +76,22 @@ def test_names_of_keys_in_the_environment_are_known(store: Path, monkeypatch: py
     assert json.loads(usage("--store", store, "--json"))["keys"][0]["key"] == "alice"
 
 
+@pytest.mark.parametrize("source", ["variable", "file"])
+def test_requests_with_the_admin_key_are_named(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tenant = api_keys.anonymous_tenant("of-admins")
+    episodes = [replace(episode, tenant=tenant, created=stored_time(datetime.now(UTC))) for episode in served(1)]
+    asyncio.run(store_of(tmp_path / "s.db", episodes))
+    shown = json.loads(usage("--store", "s.db", "--json"))["keys"]
+    assert [(row["key"], row["tenant"]) for row in shown] == [(f"#{tenant[:8]}", tenant)]
+    if source == "variable":
+        monkeypatch.setenv("AUTOTTS_ADMIN_KEY", "of-admins")
+    else:
+        Path("autotts.toml").write_text('admin_key = "of-admins"\n')
+    shown = json.loads(usage("--store", "s.db", "--json"))["keys"]
+    assert [(row["key"], row["tenant"]) for row in shown] == [("admin key", tenant)]
+
+
 def test_a_store_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["keys", "usage", "--store", str(tmp_path / "none.db")])
     assert (done.exit_code, "none.db" in done.output) == (2, True)
