@@ -30,6 +30,7 @@ from proxy.admission.usage_meter import (
     TAIL_BYTES,
     BoundedReplyMeter,
     UnboundedReplyMeter,
+    last_reported_prompt,
     last_reported_tokens,
 )
 from proxy.admission.usage_tally import KeyTally, UsageTally
@@ -142,13 +143,15 @@ class PassthroughSlot(RequestSlot):
             unbounded = UnboundedReplyMeter(is_stream=_is_event_stream(answered))
             answered.source = _metered(answered.source, self, unbounded)
         elif self.caps.tokens is None:
-            self.settle(last_reported_tokens(bytes(answered.body[-TAIL_BYTES:])) or 0)
+            tail = bytes(answered.body[-TAIL_BYTES:])
+            self.settle(last_reported_tokens(tail) or 0, PASSED_THROUGH, last_reported_prompt(tail))
         return answered
 
     def _add(self, cost: int) -> None:
-        self._tally.add_passed(cost)
+        self._tally.add_passed(cost, self._prompt_tokens)
 
-    def settle(self, cost: int, kind: str = PASSED_THROUGH) -> None:
+    def settle(self, cost: int, kind: str = PASSED_THROUGH, prompt_tokens: int = 0) -> None:
+        self._prompt_tokens = prompt_tokens
         super().settle(cost)
         count, self._count = self._count, None
         if count is not None and cost > 0:
@@ -165,7 +168,7 @@ class RequestSlots:
         self._max_branches = settings.max_branches
         self._common = Caps(settings.max_branches, settings.max_total_tokens, settings.tokens_per_minute)
         self._metrics = metrics
-        self._tally = UsageTally()
+        self._tally = UsageTally(metrics.count_key_tokens if settings.key_metrics else None)
         self._warned: set[str] = set()  # sources of caps that a warning has named
         self._queues = {"episode": self.episodes, "passed": self.passthrough}
         for kind, queue in self._queues.items():

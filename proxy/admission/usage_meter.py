@@ -20,6 +20,7 @@ ESTIMATED: Final = "passed_through_estimated"
 EVENT_END: Final = b"\n\n"
 """End of a server-sent event as vLLM writes it."""
 _REPORTED: Final = re.compile(rb'"(?:completion|output)_tokens"\s{0,9}:\s{0,9}(\d{1,9})(?!\d)')
+_REPORTED_PROMPT: Final = re.compile(rb'"(?:prompt|input)_tokens"\s{0,9}:\s{0,9}(\d{1,9})(?!\d)')
 _EVENT_END: Final = re.compile(rb"\n\r?\n")
 """End of a server-sent event as any server may write it."""
 MAX_HELD_BYTES: Final = 2**22
@@ -37,6 +38,12 @@ def last_reported_tokens(tail: bytes) -> int | None:
     return int(counts[-1]) if counts else None
 
 
+def last_reported_prompt(tail: bytes) -> int:
+    """Return the last prompt token count in the end of a reply, or 0. It is as good as `last_reported_tokens`."""
+    counts = _REPORTED_PROMPT.findall(tail)
+    return int(counts[-1]) if counts else 0
+
+
 class UnboundedReplyMeter:
     """Estimates the tokens of a reply without a bound, for metrics.
 
@@ -50,10 +57,13 @@ class UnboundedReplyMeter:
         self._events = 0
 
     @property
-    def charge(self) -> tuple[int, str]:
-        """Tokens so far, and their kind in the metrics."""
-        reported = last_reported_tokens(b"".join(self._tail)[-TAIL_BYTES:])
-        return (max(0, self._events - 2), ESTIMATED) if reported is None else (reported, PASSED_THROUGH)
+    def charge(self) -> tuple[int, str, int]:
+        """Tokens so far, their kind in the metrics, and the tokens of the prompt, or 0 if they are unknown."""
+        tail = b"".join(self._tail)[-TAIL_BYTES:]
+        reported = last_reported_tokens(tail)
+        if reported is None:
+            return max(0, self._events - 2), ESTIMATED, 0
+        return reported, PASSED_THROUGH, last_reported_prompt(tail)
 
     def feed(self, data: bytes) -> bytes:
         """Read a piece of the reply and return it unchanged."""
@@ -83,6 +93,7 @@ class BoundedReplyMeter:
         self._shows_tokens = is_stream and bound.shows_tokens
         self._seen = UNSEEN_TOKENS * bound.completions  # upper bound on the tokens that the stream has shown
         self._reported: int | None = None
+        self._prompt_tokens = 0  # 0 if they are unknown
         self._held = bytearray()
         self._is_unreadable = False  # longer than MAX_HELD_BYTES
 
@@ -95,9 +106,9 @@ class BoundedReplyMeter:
         return min(self._seen, self._max_tokens) if is_seen else self._max_tokens
 
     @property
-    def charge(self) -> tuple[int, str]:
-        """The cost, and its kind in the metrics."""
-        return self.cost, PASSED_THROUGH
+    def charge(self) -> tuple[int, str, int]:
+        """The cost, its kind in the metrics, and the tokens of the prompt, or 0 if they are unknown."""
+        return self.cost, PASSED_THROUGH, self._prompt_tokens
 
     def feed(self, data: bytes) -> bytes:
         """Read a piece of the reply and return the bytes to send to the client now."""
@@ -152,17 +163,19 @@ class BoundedReplyMeter:
             self._seen += _count_tokens(choices)
             return False
         response = chunk.get("response")
-        reported = _completion_tokens((response if isinstance(response, dict) else chunk).get("usage"))
+        usage = (response if isinstance(response, dict) else chunk).get("usage")
+        reported = _count_in(usage, "completion_tokens", "output_tokens")
+        self._prompt_tokens = _count_in(usage, "prompt_tokens", "input_tokens") or self._prompt_tokens
         if reported is not None and self._is_usage_complete:
             self._reported = reported
         return reported is not None and choices is not None
 
 
-def _completion_tokens(usage: object) -> int | None:
-    """Return the number of generated tokens in a usage object, or None."""
+def _count_in(usage: object, *names: str) -> int | None:
+    """Return the largest count with one of `names` in a usage object, or None."""
     if not isinstance(usage, dict):
         return None
-    counts = [usage.get(name) for name in ("completion_tokens", "output_tokens")]
+    counts = [usage.get(name) for name in names]
     return max((count for count in counts if type(count) is int and count >= 0), default=None)
 
 

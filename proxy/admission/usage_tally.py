@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -27,35 +28,50 @@ class SpentTokens:
         }
 
 
-class KeyTally:
-    """Adds the requests of one key to its sums and to the total."""
+Count = Callable[[str, str, int], object]
+"""Counts tokens of a key, by kind, in the metrics."""
 
-    def __init__(self, *sums: SpentTokens) -> None:
+
+class KeyTally:
+    """Adds the requests of one key to its sums, to the total and, if `key` is given, to the metrics."""
+
+    def __init__(self, *sums: SpentTokens, key: str = "", count: Count | None = None) -> None:
         self._sums = sums
+        self._key = key
+        self._counter = count
 
     def add_served(self, tokens: int) -> None:
         """Add a request that a controller served."""
         for spent in self._sums:
             spent.served += 1
             spent.served_tokens += tokens
+        self._count("generated", tokens)
 
     def add_prompt(self, tokens: int) -> None:
         """Add the prompt of a request that a controller served."""
         for spent in self._sums:
             spent.prompt_tokens += tokens
+        self._count("prompt", tokens)
 
-    def add_passed(self, tokens: int) -> None:
-        """Add a request that was passed through."""
+    def add_passed(self, tokens: int, prompt_tokens: int) -> None:
+        """Add a request that was passed through. Its prompt counts in the metrics only."""
         for spent in self._sums:
             spent.passed += 1
             spent.passed_tokens += tokens
+        self._count("passed_through", tokens)
+        self._count("passed_through_prompt", prompt_tokens)
+
+    def _count(self, kind: str, tokens: int) -> None:
+        if self._counter is not None and self._key and tokens:
+            self._counter(self._key, kind, tokens)
 
 
 class UsageTally:
     """Sums by key. Callers without a key only count in the total, because they could send any token."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: Count | None = None) -> None:
         self.total = SpentTokens()
+        self._count = count
         self._by_key: dict[str, SpentTokens] = {}
 
     def of(self, key: str) -> SpentTokens:
@@ -64,4 +80,6 @@ class UsageTally:
 
     def adder(self, key: str) -> KeyTally:
         """Return what adds the requests of a caller; `key` is empty for callers without one."""
-        return KeyTally(self.total, self._by_key.setdefault(key, SpentTokens())) if key else KeyTally(self.total)
+        if not key:
+            return KeyTally(self.total)
+        return KeyTally(self.total, self._by_key.setdefault(key, SpentTokens()), key=key, count=self._count)

@@ -214,10 +214,9 @@ class Settings(BaseSettings):
         description="origins of web pages that may call the proxy from a browser, separated by commas: "
         "`https://app.example.org`; `*` allows any; without it no CORS headers are sent",
     )
+    key_metrics: bool = Field(False, description="count tokens by key; all readers of `/metrics` see names of keys")
     ui: bool = Field(True, description="serve the dashboard under `/ui`")
-    ui_session_s: Seconds = Field(
-        43_200, description="seconds after which somebody who signed in to the dashboard must sign in again"
-    )
+    ui_session_s: Seconds = Field(43_200, description="seconds after which users of the dashboard must sign in again")
     ui_runs: Path | None = Field(
         None,
         description="folder of searches, frontiers and collections that the dashboard lists, and in which admins start "

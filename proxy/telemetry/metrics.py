@@ -49,6 +49,13 @@ class Metrics:
         "passed_through_estimated (by the events of a stream) if the reply reports no usage.",
         (*_BY_BETA, "kind"),
     )
+    key_tokens = MetricRow(
+        Counter,
+        "autotts_key_tokens",
+        "With `AUTOTTS_KEY_METRICS`, tokens by the name of the key, by kind: generated and prompt (of requests that "
+        "controllers served), passed_through and passed_through_prompt (where the reply reports its usage).",
+        ("key", "kind"),
+    )
     branches = MetricRow(Counter, "autotts_branches", "Branches opened.", _BY_BETA)
     rounds = MetricRow(Counter, "autotts_rounds", "Rounds executed.", _BY_BETA)
     probe_answers = MetricRow(
@@ -367,6 +374,10 @@ class Metrics:
             raise
         finally:
             self.upstream_requests.labels(model, outcome).inc()
+
+    def count_key_tokens(self, key: str, kind: str, tokens: int) -> None:
+        """Count tokens of a configured key."""
+        self.child(self.key_tokens, key, kind).inc(tokens)
 
     def count_passed_through(self, model: str, status: int | None, error: BaseException | None) -> None:
         """Count one generation request that was passed through to the upstream."""

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from prometheus_client.parser import text_string_to_metric_families
 
 from controllers import Action, Limits, State, advance, answer, branch, probe, prune
 from controllers.episode import run_episode, run_sync
@@ -608,3 +609,51 @@ def test_holders_that_have_not_used_a_rate_limit_for_a_minute_are_forgotten() ->
     for number in range(holders):
         rate.take(f"another {number % 10}", now=100.0 * (1 + number))
     assert rate.holders <= LOOKED_AT
+
+
+async def test_metrics_count_the_tokens_of_each_key_if_the_operator_wants_it(backend: FakeVLLM, tmp_path: Path) -> None:
+    file = keyed(tmp_path / "keys.toml")
+    body = {"model": "fake-model", "prompt": [ord("t")], "max_tokens": 4}
+    pages, replies = {}, []
+    for wanted in (True, False):
+        settings = load(upstream=backend.url, keys=file, admin_key=BOSS, key_metrics=wanted, **SMALL)
+        async with running(settings) as url, aiohttp.ClientSession() as http:
+            replies.append((await ask(http, url, ALICE, "0.5"))[2])
+            for more in ({}, {"stream": True, "stream_options": {"include_usage": True}}):
+                async with http.post(f"{url}/v1/completions", json=body | more, headers=bearer(BOB)) as response:
+                    await response.read()
+            async with http.get(f"{url}/metrics", headers=bearer(BOSS)) as response:
+                pages[wanted] = await response.text()
+    counted = {
+        (sample.labels["key"], sample.labels["kind"]): sample.value
+        for family in text_string_to_metric_families(pages[True])
+        for sample in family.samples
+        if sample.name == "autotts_key_tokens_total"
+    }
+    bill, usage = replies[0]["tts"]["tokens"]["total"], replies[0]["usage"]["total_tokens"]
+    assert counted == {
+        ("alice", "generated"): bill,
+        ("alice", "prompt"): usage - bill,
+        ("bob", "passed_through"): 8,
+        ("bob", "passed_through_prompt"): 2,
+    }
+    assert "alice" not in pages[False]
+
+
+async def test_metrics_count_the_prompts_of_capped_keys_too(backend: FakeVLLM, tmp_path: Path) -> None:
+    settings = load(
+        upstream=backend.url,
+        keys=keyed(tmp_path / "keys.toml", tokens=700),
+        admin_key=BOSS,
+        key_metrics=True,
+        **SMALL,
+    )
+    body = {"model": "fake-model", "prompt": [ord("t")], "max_tokens": 4}
+    async with running(settings) as url, aiohttp.ClientSession() as http:
+        for stream in (False, True):
+            sent = {**body, "stream": stream}
+            async with http.post(f"{url}/v1/completions", json=sent, headers=bearer(ALICE)) as response:
+                await response.read()
+        async with http.get(f"{url}/metrics", headers=bearer(BOSS)) as response:
+            page = await response.text()
+    assert 'autotts_key_tokens_total{key="alice",kind="passed_through_prompt"} 2.0' in page
