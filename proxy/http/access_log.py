@@ -24,8 +24,19 @@ CLIENT_IDS: Final = (b"x-request-id", b"x-client-request-id")
 ECHO: Final = b"x-client-request-id"
 """Header that returns the client's id. The proxy's own id is in x-request-id."""
 _CLIENT_ID: Final = re.compile(rb"[!-~]{1,128}")
+_KEY: Final = re.compile(rb"(?<![0-9A-Za-z])sk-[\w-]{4}")
+"""Beginning of an API key as OpenAI, LiteLLM and `autotts keys new` make them."""
+_KEY_HEADERS: Final = frozenset({b"authorization", b"x-api-key"})
 UNLOGGED_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """Paths that monitoring systems poll. Requests to them are not logged."""
+
+
+def _holds_key(sent_id: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Return whether a client's id looks like a key or holds the request's own, so that it must not be kept."""
+    if _KEY.search(sent_id):
+        return True
+    tokens = (value.rpartition(b" ")[2] for name, value in headers if name in _KEY_HEADERS)
+    return bool(sent_id) and any(token and token in sent_id for token in tokens)
 
 
 @dataclass
@@ -70,7 +81,7 @@ class AccessLogMiddleware:
             return
         request_id.set(f"req-{os.urandom(16).hex()}")  # the context variable of this request's task
         sent_id = client_id(scope["headers"])
-        client_request_id.set(sent_id.decode())
+        client_request_id.set("" if _holds_key(sent_id, scope["headers"]) else sent_id.decode())
         service = scope["app"].state.service
         service.tracer.continue_trace(scope["headers"])
         timing = _ResponseTiming(scope["path"] if scope["path"] in self._paths else OTHER, scope["method"])

@@ -89,6 +89,33 @@ def test_an_invalid_x_request_id_falls_back_to_x_client_request_id(unfit: bytes)
     assert client_id([(b"x-request-id", unfit), (b"x-client-request-id", b"b")]) == b"b"
 
 
+@pytest.mark.parametrize("sent", ["sk-autotts-0123456789abcdef", "trace/sk-1234", "my-secret", "id:my-secret"])
+async def test_a_client_request_id_that_holds_a_key_is_returned_but_not_kept(
+    backend: FakeVLLM, caplog: pytest.LogCaptureFixture, sent: str
+) -> None:
+    kept: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            kept.append(logs.JsonFormatter().format(record))
+
+    listener, root = Listener(), logging.getLogger()
+    caplog.set_level(logging.INFO)
+    root.addHandler(listener)
+    try:
+        async with running(load(upstream=backend.url, **SMALL)) as url, aiohttp.ClientSession() as http:
+            headers = {"x-request-id": sent, "authorization": "Bearer my-secret"}
+            body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+            async with http.post(f"{url}/v1/chat/completions", json=body, headers=headers) as response:
+                assert response.headers["x-client-request-id"] == sent
+            async with http.get(f"{url}/v1/tts/requests/{sent.replace('/', '%2F')}", headers=headers) as response:
+                assert response.status == 404
+    finally:
+        root.removeHandler(listener)
+    assert any("POST /v1/chat/completions" in line for line in kept)
+    assert not any(sent in line for line in kept)
+
+
 @pytest.mark.process
 async def test_a_served_request_is_found_by_its_client_request_id(backend: FakeVLLM, tmp_path: Path) -> None:
     path = tmp_path / "s.db"
