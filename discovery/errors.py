@@ -8,6 +8,7 @@ DiscoveryError
 ├── FileWriteError       a file cannot be written
 ├── StoreError           the store cannot be opened, read or written
 │   ├── CorruptRow       a row was changed or cannot be read
+│   ├── StoreNotCreated  the database holds no store yet
 │   ├── StoreDamaged     the database finds its own file damaged
 │   ├── UncertainCommit  the connection was lost while a transaction was committed
 │   └── UnstorableValue  no column can hold a value
@@ -65,6 +66,10 @@ class StoreError(DiscoveryError):
 
 class CorruptRow(StoreError):
     """A row of the store was changed or cannot be read."""
+
+
+class StoreNotCreated(StoreError):
+    """The database holds no store yet."""
 
 
 class StoreDamaged(StoreError):

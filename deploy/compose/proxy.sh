@@ -6,6 +6,10 @@ umask 077
 secrets=${SECRETS:-/run/secrets}
 . "$(dirname "$0")/password.sh"
 
+if [ -z "${AUTOTTS_UPSTREAM-unset}" ]; then
+  echo "set UPSTREAM to the URL of vLLM" >&2
+  exit 2
+fi
 read_password "$secrets/postgres_password"
 echo "postgres:5432:autotts:autotts:$password" >"$PGPASSFILE"
 read_password "$secrets/redis_password"

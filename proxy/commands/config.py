@@ -137,25 +137,26 @@ def check(
 ) -> None:
     """Check whether `autotts serve` could start with these settings.
 
-    Warnings are of unknown AUTOTTS_ variables, of files that other users can read, and of a store that cannot be
-    written to.
+    Warnings are of unknown AUTOTTS_ variables, of files that other users can read, of a store that cannot be written
+    to, and those that `autotts serve` logs as it starts, such as of limits that are too small.
     """
     from deploy.embedded import server
     from proxy.admission.auth import check_host
     from proxy.app import create_app
     from proxy.errors import SettingsError
     from proxy.settings import DEFAULT, EMBEDDED_DEFAULT, Settings, find_file, unknown_variables
-    from proxy.settings.file_warnings import secret_warnings, store_warnings
+    from proxy.settings.file_warnings import logged_warnings, secret_warnings, store_warnings
 
     configured = gather(file, sets, given)
     settings = configured.settings
     if settings.upstream is None and (problem := server.problem()):
         raise SettingsError(f"upstream: none is set, and the embedded model cannot start: {problem}")
     check_host(settings)
-    create_app(settings if settings.upstream else settings.model_copy(update={"upstream": "http://embedded"}))
+    with logged_warnings() as logged:
+        create_app(settings if settings.upstream else settings.model_copy(update={"upstream": "http://embedded"}))
     console = wide_console()
     read = find_file(file)
-    warnings = [*unknown_variables(), *secret_warnings(configured, read), *store_warnings(settings)]
+    warnings = [*unknown_variables(), *secret_warnings(configured, read), *store_warnings(settings), *logged]
     for warning in warnings:
         console.print(warning, style="yellow", markup=False, highlight=False)
     count = sum(source not in (DEFAULT, EMBEDDED_DEFAULT) for source in configured.sources.values())

@@ -103,7 +103,7 @@ def usage(
         for used in [totals.get(tenant, nothing)]
     ]
     if as_json:
-        figures = [row._asdict() for row in rows]
+        figures = [row._asdict() | {"total_tokens": row.tokens + row.prompt_tokens} for row in rows]
         sys.stdout.write(json.dumps({"since": period.bounds[0], "keys": figures}, indent=2) + "\n")
         return
     table = Table(title=f"{place}: tokens since {period.bounds[0]} (UTC)", title_justify="left")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from discovery.data.recordings import DEFAULT_TEMPERATURE, Version
-from discovery.errors import StoreError
+from discovery.errors import StoreError, StoreNotCreated
 from discovery.store import Store
 from proxy import probe_templates
 from proxy.errors import UpstreamError, UpstreamRefused
@@ -67,10 +67,6 @@ class ModelFingerprint(NamedTuple):
             ("branch temperature", next(filter(None, temperatures), None), self.branch_temperature),
         )
         return [f"{name} {str(before)!r} to {str(now)!r}" for name, before, now in pairs if before and before != now]
-
-
-class _StoreNotCreated(Exception):
-    """The store does not exist yet, so there is nothing to compare with."""
 
 
 class TemplateDrift:
@@ -163,8 +159,10 @@ class TemplateDrift:
         try:
             await self.refresh()
             await self._compare()
-        except _StoreNotCreated:
+        except StoreNotCreated:  # there is nothing to compare with
             return False
+        except StoreError as error:
+            problem = str(error)
         except Exception as error:  # any failure: the next check may work
             problem = error.logged if isinstance(error, UpstreamError) else f"{type(error).__name__}: {error}"
         if problem not in ("", self._problem):
@@ -179,7 +177,7 @@ class TemplateDrift:
             return
         if isinstance(place, Path) and (not place.exists() or not place.stat().st_size):
             if place.parent.is_dir():
-                raise _StoreNotCreated
+                raise StoreNotCreated(f"{place}: there is no store yet")
             raise StoreError(f"{place}: folder {place.parent} does not exist")
         async with Store.open(place) as store:
             for model, fingerprint in self._fingerprints.items():

@@ -50,7 +50,7 @@ def variables(secrets: Path, compose: Mapping[str, Any], programs: Path) -> dict
     return given | {"SECRETS": str(secrets), "PATH": f"{programs}:{os.environ['PATH']}"}
 
 
-def run_entry_point(secrets: Path, compose: Mapping[str, Any]) -> subprocess.CompletedProcess[str]:
+def run_entry_point(secrets: Path, compose: Mapping[str, Any], **more: str) -> subprocess.CompletedProcess[str]:
     """Run the entry point of the proxies with a program `autotts` that shows its arguments and variables."""
     programs = secrets.parent / "programs"
     programs.mkdir()
@@ -60,9 +60,8 @@ def run_entry_point(secrets: Path, compose: Mapping[str, Any]) -> subprocess.Com
     shell, script = service["entrypoint"]
     assert script.startswith("/compose/")
     command = [shell, str(SCRIPTS / Path(script).name), *service["command"]]
-    return subprocess.run(
-        command, env=variables(secrets, compose, programs), capture_output=True, text=True, timeout=60, check=False
-    )
+    given = variables(secrets, compose, programs) | more
+    return subprocess.run(command, env=given, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.process
@@ -82,6 +81,13 @@ def test_the_proxies_get_both_passwords_from_the_secrets(
     limits = load().limits
     assert limits is not None
     assert limits.get_secret_value() == f"redis://:{PASSWORDS['redis_password']}@redis:6379/0"
+
+
+@pytest.mark.process
+def test_the_proxies_refuse_an_upstream_that_is_empty(compose: dict[str, Any], secrets: Path) -> None:
+    assert compose["services"]["proxy-remote"]["environment"]["AUTOTTS_UPSTREAM"] == "${UPSTREAM:-}"
+    done = run_entry_point(secrets, compose, AUTOTTS_UPSTREAM="")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "set UPSTREAM to the URL of vLLM\n")
 
 
 @pytest.mark.process

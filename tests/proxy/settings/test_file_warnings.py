@@ -90,5 +90,9 @@ def test_config_check_fails_for_a_warning_only_with_strict(tmp_path: Path, monke
     assert "keys.toml: other users can read this file, which holds keys; run `chmod 600`" in shown.output
     assert CliRunner().invoke(app, [*command, "--strict"]).exit_code == 1
     (tmp_path / "keys.toml").chmod(0o600)
+    (tmp_path / "keys.toml").write_text(f'a = {{ sha256 = "{"0" * 64}", tokens = 10 }}\n')
+    small = CliRunner().invoke(app, [*command, "--strict"])
+    assert (small.exit_code, "a: tokens = 10 is less than" in small.output) == (1, True)
+    (tmp_path / "keys.toml").write_text(f'a = {{ sha256 = "{"0" * 64}" }}\n')
     misspelt = CliRunner().invoke(app, [*command, "--strict"], env={"AUTOTTS_MAX_EPISODE": "3"})
     assert (misspelt.exit_code, "did you mean AUTOTTS_MAX_EPISODES?" in misspelt.output) == (1, True)
