@@ -20,7 +20,7 @@ BOARD = json.loads((DEPLOY / "grafana/dashboards/autotts.json").read_text())
 RULES = [
     rule for group in yaml.safe_load((DEPLOY / "prometheus/rules.yml").read_text())["groups"] for rule in group["rules"]
 ]
-SCRAPED = {"instance", "job"}
+SCRAPED = {"instance", "job", "namespace"}
 """Labels Prometheus adds."""
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
 
