@@ -77,7 +77,8 @@ class ControllerManager:
 
     async def refresh(self) -> None:
         """Follow the registry, if it is in a folder and has changed."""
-        if await self.stages.refresh():
+        await self.stages.refresh()
+        if self.stages.current is not self._assigned:
             self._follow_stages()
 
     async def choose(self, name: str | None, request_id: str, model: str) -> ChosenController:

@@ -148,29 +148,34 @@ class RolloutStages:
         self._poll_s = poll_s
         self._polled_at = float("-inf")  # by the monotonic clock
         self._stamp: Hashable | None = None
-        self._reading = False
+        self._reading: asyncio.Task[None] | None = None
         self.problem = ""  # why the registry cannot be read now
         self._problem_of_stamp = ""  # why the version with this stamp cannot be read
         self._closing = asyncio.Event()
 
-    async def refresh(self) -> bool:
-        """Read a registry in a folder if it has changed, and return whether it has. `RegistryWatch` reads others.
+    async def refresh(self) -> None:
+        """Read a registry in a folder if it has changed. `RegistryWatch` reads others.
 
-        If it cannot be read, the problem is logged once and the assignments stay.
+        Requests that arrive while it is read wait for the same read, which goes on if one of them is cancelled. If it
+        cannot be read, the problem is logged once and the assignments stay.
         """
         now, registry = time.monotonic(), self.registry
         if registry is None or not isinstance(registry.place, Path):
-            return False
-        if self._reading or now - self._polled_at < self._poll_s:
-            return False
-        self._polled_at, self._reading = now, True
+            return
+        if self._reading is None:
+            if now - self._polled_at < self._poll_s:
+                return
+            self._polled_at = now
+            self._reading = asyncio.create_task(self._poll(registry))
+        await asyncio.shield(self._reading)
+
+    async def _poll(self, registry: Registry) -> None:
         try:
-            return await self.follow(registry.stamp())
+            await self.follow(registry.stamp())
         except PromotionError as error:
             self.log_problem(error)
-            return False
         finally:
-            self._reading = False
+            self._reading = None
 
     async def follow(self, stamp: Hashable | None) -> bool:
         """Read the registry if this is not the stamp that it had, and return whether it was. Raises PromotionError."""

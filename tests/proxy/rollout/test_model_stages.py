@@ -68,6 +68,30 @@ async def test_a_model_is_served_by_its_own_champion_and_others_by_the_default(
     assert await champion(manager, "small") == CANARY
 
 
+async def test_requests_that_begin_together_after_a_promotion_all_get_the_new_champion(
+    registry: Registry, manager: ControllerManager
+) -> None:
+    install(registry, CHAMPION, RolloutStage.CHAMPION)
+    assert await asyncio.gather(*(champion(manager, "small") for _ in range(4))) == [CHAMPION] * 4
+    registry.roll_back(ME)
+    named = (manager.choose("cmc", "r", "small"), champion(manager, "small"), champion(manager, "large"))
+    assert (await asyncio.gather(*named))[1:] == [DEFAULT, DEFAULT]
+
+
+async def test_a_request_that_is_cancelled_while_the_registry_is_read_loses_no_promotion(
+    registry: Registry, manager: ControllerManager
+) -> None:
+    install(registry, CHAMPION, RolloutStage.CHAMPION)
+    install(registry, CANARY, RolloutStage.CANARY)
+    cancelled = asyncio.create_task(champion(manager, "small"))
+    await asyncio.sleep(0)  # the read has begun
+    cancelled.cancel()
+    await asyncio.gather(cancelled, return_exceptions=True)
+    assert await champion(manager, "small") == CHAMPION
+    await serve(manager, {CANARY.name: BAD}, ["small"], 300)
+    assert registry.read().default.canary is None  # its test has begun
+
+
 async def test_a_choice_says_which_model_its_stage_is_set_for(registry: Registry, manager: ControllerManager) -> None:
     install(registry, CHAMPION, RolloutStage.CHAMPION, "small")
     small, large = [await manager.choose(None, "r", model) for model in ("small", "large")]
