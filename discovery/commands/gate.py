@@ -40,7 +40,7 @@ from discovery.evaluation.engines import EngineName
 from discovery.promotion.conditions import GateTerms
 from discovery.promotion.gate import GateJob
 from discovery.promotion.ledger import Ledger
-from discovery.promotion.power_plan import ORDERS, PLAN_FILE
+from discovery.promotion.power_plan import ORDERS, PLAN_FILE, PlannedOrders
 from discovery.promotion.searched_questions import charged_probe_tokens, check_not_card
 from discovery.promotion.verdict import REPORT_FILE, GateReport, GateVerdict, describe_savings, report_of
 from discovery.store import child_environment
@@ -69,9 +69,7 @@ def gate(
     betas: Betas = GateJob.betas,
     shuffles: Annotated[
         int | None,
-        typer.Option(
-            min=1, max=10_000, help=f"branch orders per question (default: 100; {ORDERS} with --plan and --sequential)"
-        ),
+        typer.Option(min=1, max=10_000, help=f"branch orders per question (default: 100; {ORDERS} with --sequential)"),
     ] = None,
     answers: Answers = GateJob.answers,
     probe_tokens: ProbeTokens = None,
@@ -142,7 +140,8 @@ def gate(
             bound=bound,
         )
         if plan:
-            made = job.plan(None if ledger is None else Ledger(ledger))
+            orders = PlannedOrders(shuffles or GateJob.shuffles, shuffles or ORDERS)
+            made = job.plan(None if ledger is None else Ledger(ledger), orders)
             show_plan(made)
             if report is not None:
                 made.write(report)

@@ -99,6 +99,7 @@ class Evaluation:
     rules: ReplayRules = field(default_factory=ReplayRules)
     weights: Weights = field(default_factory=lambda: DEFAULT_WEIGHTS)
     version: str = ""  # beginning of a version's digest; empty: chosen by `scorable_recordings`
+    is_warning: bool = True  # whether problems with the recordings are logged
     anchors: dict[Cell, Anchor] = field(default_factory=dict)  # of the cells that `run` has read
 
     @property
@@ -127,8 +128,9 @@ class Evaluation:
                 )
                 for score in played
             ]
-        for line in (*recording_limit_warnings(complete), *probe_warnings(probes)):
-            log.warning("%s", line)
+        if self.is_warning:
+            for line in (*recording_limit_warnings(complete), *probe_warnings(probes)):
+                log.warning("%s", line)
         return complete
 
     def _batches(

@@ -59,8 +59,11 @@ class Comparison:
         """Return how many of the questions the search for the finalist has seen; None if that is unknown."""
         return None if self.searched is None else self.searched.count(questions)
 
-    def replay(self, source: RecordingSource, cells: Sequence[Cell]) -> ScoreSet:
-        """Return the scores of both. Raises GateError if the champion fails, and the errors of `Evaluation.run`."""
+    def replay(self, source: RecordingSource, cells: Sequence[Cell], is_warning: bool = True) -> ScoreSet:
+        """Return the scores of both. Raises GateError if the champion fails, and the errors of `Evaluation.run`.
+
+        `is_warning`: whether problems with the recordings are logged.
+        """
         measured = score_controllers(
             Evaluation(
                 source,
@@ -71,6 +74,7 @@ class Comparison:
                 self.answers,
                 self.rules,
                 weights=DEFAULT_WEIGHTS,  # votes never decide a judgement
+                is_warning=is_warning,
             ),
             self.engine,
         )

@@ -29,7 +29,7 @@ from discovery.evaluation.sources import RecordingSource, open_source, select_ce
 from discovery.promotion.comparison import Comparison
 from discovery.promotion.conditions import GateTerms, check_held_out
 from discovery.promotion.ledger import Ledger, check_ledger, fingerprint
-from discovery.promotion.power_plan import PowerPlan, make_plan
+from discovery.promotion.power_plan import PlannedOrders, PowerPlan, make_plan
 from discovery.promotion.searched_questions import check_not_card, searched_questions
 from discovery.promotion.sequential_gate import run_sequential_gate
 from discovery.promotion.verdict import REPORT_FILE, GateReport, JudgementContext, judge, report_of
@@ -123,10 +123,10 @@ class GateJob:
         report.write(self.report)
         return report
 
-    def plan(self, ledger: Ledger | None) -> PowerPlan:
+    def plan(self, ledger: Ledger | None, orders: PlannedOrders) -> PowerPlan:
         """Plan a judgement from the other splits; held-out questions are not read. Raises the errors of `run`."""
         source = open_source(self.recordings)
-        return make_plan(self._comparison, source, self._select(source, None), ledger)
+        return make_plan(self._comparison, source, self._select(source, None), ledger, orders)
 
     @property
     def _comparison(self) -> Comparison:

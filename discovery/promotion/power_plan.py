@@ -43,7 +43,7 @@ from discovery.promotion.selected_source import SelectedSource
 from discovery.promotion.verdict import NON_INFERIORITY
 
 ORDERS: Final = 20
-"""Default number of branch orders that a plan replays and assumes; it is even."""
+"""Default number of branch orders that a plan replays, and that a sequential judgement takes; it is even."""
 FEWEST_QUESTIONS: Final = 5
 FEWEST_BRANCHES: Final = 4
 LIMITED: Final = 0.1
@@ -80,11 +80,18 @@ def split_variance(values: NDArray[np.float64], branches: float, orders: int) ->
     return VarianceSplit(between, within, by_order)
 
 
+class PlannedOrders(NamedTuple):
+    """Branch orders per question that judgements take. A plan may be measured with fewer."""
+
+    single: int
+    sequential: int
+
+
 class PlanRow(NamedTuple):
     """A number of branches per question, and what it takes with it."""
 
     branches: int
-    limited: float | None  # largest share of a controller's episodes at a β that would open all; None: not recorded
+    limited: float | None  # largest share of a controller's episodes at a β that open all; None: not recorded
     detectable: list[float]  # points of AFS detected with the wanted power, by QUESTION_COUNTS
     questions: int | None  # needed for the wanted gain; None if too many
     tokens: int | None  # to collect these questions
@@ -102,7 +109,9 @@ class PowerPlan:
     alpha: float  # its level
     measured_questions: int
     measured_branches: int
-    orders: int  # branch orders per question, measured and planned
+    measured_orders: int  # branch orders per question
+    orders: PlannedOrders
+    max_branches: int  # that an episode may open
     observed_gain: float  # on the search and validation splits; too high if the finalist was chosen on them
     variance: VarianceSplit  # of the gain in AFS
     accuracy_variance: VarianceSplit  # of the gain in accuracy at equal tokens
@@ -124,15 +133,22 @@ PLAN_FILE: Final = json_object("a plan of the gate", "variance", "observed_gain"
 def _named(plan: PowerPlan) -> dict[str, Any]:
     """Return the plan with its rows as objects."""
     content = {field.name: getattr(plan, field.name) for field in fields(plan)}
-    for name in ("variance", "accuracy_variance", "recommended"):
+    for name in ("variance", "accuracy_variance", "orders", "recommended"):
         content[name] = None if content[name] is None else content[name]._asdict()
     return content | {"rows": [row._asdict() for row in plan.rows], "question_counts": QUESTION_COUNTS}
 
 
 def make_plan(
-    comparison: Comparison, source: RecordingSource, cells: Sequence[Cell], ledger: Ledger | None
+    comparison: Comparison,
+    source: RecordingSource,
+    cells: Sequence[Cell],
+    ledger: Ledger | None,
+    orders: PlannedOrders | None = None,
 ) -> PowerPlan:
-    """Plan a judgement from the search and validation cells among `cells`. Raises GateError if they are too few."""
+    """Plan a judgement from the search and validation cells among `cells`. Raises GateError if they are too few.
+
+    It is measured with the comparison's orders, and planned for `orders` (None: the same).
+    """
     comparison.check()
     terms = comparison.terms
     if comparison.shuffles < 2 or comparison.shuffles % 2:
@@ -149,7 +165,7 @@ def make_plan(
     values = np.array([list(_values_by_order(comparison, half)) for half in _halves(recordings)])
     afs, accuracy = values[:, :, 0], values[:, :, 1]
     of_half = branches / 2
-    orders = comparison.shuffles // 2
+    of_half_orders = comparison.shuffles // 2
     plan = PowerPlan(
         finalist=comparison.finalist.name,
         champion=comparison.champion.name,
@@ -159,10 +175,12 @@ def make_plan(
         alpha=sequential_alpha(k, terms.alpha),
         measured_questions=afs.shape[-1],
         measured_branches=branches,
-        orders=comparison.shuffles,
+        measured_orders=comparison.shuffles,
+        orders=orders or PlannedOrders(comparison.shuffles, comparison.shuffles),
+        max_branches=comparison.rules.max_branches,
         observed_gain=float(_pool(afs_gains(measured), measured).mean()),
-        variance=split_variance(afs, of_half, orders),
-        accuracy_variance=split_variance(accuracy, of_half, orders),
+        variance=split_variance(afs, of_half, of_half_orders),
+        accuracy_variance=split_variance(accuracy, of_half, of_half_orders),
         tokens_per_branch=_tokens_per_branch(recordings),
         rows=[],
         recommended=None,
@@ -174,9 +192,10 @@ def make_plan(
         plan_row(plan, terms, count, _limited_share(measured, count, branches, comparison.rules.max_branches))
         for count in _branch_counts(branches, comparison.rules.max_branches)
     ]
-    affordable = [row for row in rows if row.tokens is not None]
     suitable = [
-        row for row in affordable if (row.limited is not None and row.limited <= LIMITED) or row.branches >= largest
+        row
+        for row in rows
+        if row.tokens is not None and row.limited is not None and (row.limited <= LIMITED or row.branches >= largest)
     ]
     best = min(suitable, key=lambda row: row.tokens or 0, default=None)
     plan = replace(plan, rows=rows, recommended=best)
@@ -184,7 +203,7 @@ def make_plan(
         return plan
     return replace(
         plan,
-        interval=_questions_interval(plan, terms, afs, accuracy, best.branches, orders),
+        interval=_questions_interval(plan, terms, afs, accuracy, best.branches, of_half_orders),
         sequential=_sequential_questions(plan, terms, afs.mean(axis=(0, 1)), best),
     )
 
@@ -218,7 +237,7 @@ def _halves(recordings: Mapping[Cell, Sequence[RecordedQuestion]]) -> Iterator[S
 
 def _values_by_order(comparison: Comparison, half: SelectedSource) -> Iterator[list[NDArray[np.float64]]]:
     """Yield the questions' gains in AFS, and in accuracy at equal tokens, for each half of the orders."""
-    measured = comparison.replay(half, half.cells())
+    measured = comparison.replay(half, half.cells(), is_warning=False)  # half of the branches are left out here
     for start in (0, 1):
         sides = [replace(side, scores=[_with_orders(score, start) for score in side.scores]) for side in measured.sides]
         chosen = replace(measured, sides=sides)
@@ -254,13 +273,12 @@ def _branch_counts(branches: int, most: int) -> list[int]:
 def _limited_share(measured: ScoreSet, branches: int, recorded: int, most: int) -> float | None:
     """Return the largest share of a controller's episodes at a β that open at least `branches` branches.
 
-    It is None for more branches than were recorded, and 0 for the `most` that an episode may open.
+    It is None for more branches than were recorded. With the `most` that an episode may open, these would perhaps open
+    more.
     """
-    if branches >= most:
-        return 0.0
     if branches > recorded:
         return None
-    return max(_share(side, branches) for side in measured.sides)
+    return max(_share(side, min(branches, most)) for side in measured.sides)
 
 
 def _share(side: ControllerScores, branches: int) -> float:
@@ -275,7 +293,7 @@ def plan_row(plan: PowerPlan, terms: GateTerms, branches: int, limited: float | 
 
     The finalist is assumed to gain as much accuracy at the deployed β as AFS.
     """
-    spread, accuracy_spread = _spreads(plan, branches)
+    spread, accuracy_spread = _spreads(plan, branches, plan.orders.single)
     detectable = [
         max(
             detectable_mean(spread, count, plan.alpha, plan.power),
@@ -288,8 +306,8 @@ def plan_row(plan: PowerPlan, terms: GateTerms, branches: int, limited: float | 
     return PlanRow(branches, limited, detectable, questions, tokens)
 
 
-def _spreads(plan: PowerPlan, branches: int) -> tuple[float, float]:
-    first, second = (part.at(branches, plan.orders) for part in (plan.variance, plan.accuracy_variance))
+def _spreads(plan: PowerPlan, branches: int, orders: int) -> tuple[float, float]:
+    first, second = (part.at(branches, orders) for part in (plan.variance, plan.accuracy_variance))
     return math.sqrt(first), math.sqrt(second)
 
 
@@ -316,7 +334,7 @@ def _questions_interval(
         drawn = generator.integers(0, afs.shape[-1], afs.shape[-1])
         splits = (split_variance(values[:, :, drawn], plan.measured_branches / 2, orders) for values in (afs, accuracy))
         resampled = replace(plan, variance=next(splits), accuracy_variance=next(splits))
-        count = _needed(resampled, terms, *_spreads(resampled, branches))
+        count = _needed(resampled, terms, *_spreads(resampled, branches, plan.orders.single))
         if count is not None:
             counts.append(count)
     if not counts:
@@ -332,7 +350,7 @@ def _sequential_questions(plan: PowerPlan, terms: GateTerms, values: NDArray[np.
     """
     if row.questions is None or values.std() == 0:
         return None
-    spread, _ = _spreads(plan, row.branches)
+    spread, _ = _spreads(plan, row.branches, plan.orders.sequential)
     shifted = plan.gain + (values - values.mean()) * spread / values.std()
     length = min(3 * row.questions + 50, 3000)
     drawn = np.random.default_rng(SEED).choice(shifted, (SEQUENCES, length))

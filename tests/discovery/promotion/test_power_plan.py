@@ -24,7 +24,14 @@ from discovery.evaluation.replay_jobs import ReplayRules
 from discovery.promotion.comparison import Comparison
 from discovery.promotion.conditions import GateTerms, afs_gains, pool_questions
 from discovery.promotion.ledger import Ledger
-from discovery.promotion.power_plan import PowerPlan, VarianceSplit, make_plan, plan_row, split_variance
+from discovery.promotion.power_plan import (
+    PlannedOrders,
+    PowerPlan,
+    VarianceSplit,
+    make_plan,
+    plan_row,
+    split_variance,
+)
 from proxy.cli import app
 from tests.discovery.evaluation.test_evaluate import Given
 from tests.discovery.promotion.test_gate import question
@@ -58,7 +65,9 @@ def plan_of(variance: VarianceSplit, accuracy: VarianceSplit, gain: float = 2.0)
         alpha=0.03,
         measured_questions=100,
         measured_branches=BRANCHES,
-        orders=ORDERS,
+        measured_orders=ORDERS,
+        orders=PlannedOrders(ORDERS, ORDERS),
+        max_branches=BRANCHES,
         variance=variance,
         accuracy_variance=accuracy,
         rows=[],
@@ -176,8 +185,8 @@ def test_a_plan_reads_no_held_out_question_and_takes_the_next_level(tmp_path: Pa
     assert (plan.k, plan.measured_questions, plan.measured_branches) == (3, 12, 16)
     assert [row.branches for row in plan.rows] == [4, 8, 16, 32]
     assert [row.limited for row in plan.rows][:2] == [1.0, 1.0]
-    assert [row.limited for row in plan.rows][2:] == [0.0, 0.0]
-    assert plan.recommended is None or plan.recommended.branches >= 16
+    assert [row.limited for row in plan.rows][2:] == [1.0, None]
+    assert plan.recommended is None or plan.recommended.branches == 16
 
 
 def test_how_many_unrecorded_branches_would_be_opened_is_not_guessed() -> None:
@@ -185,7 +194,7 @@ def test_how_many_unrecorded_branches_would_be_opened_is_not_guessed() -> None:
     terms = compared(orders=2)
     wide = replace(terms, rules=replace(terms.rules, max_branches=40))
     rows = make_plan(wide, source, source.cells(), None).rows
-    assert [(row.branches, row.limited) for row in rows][-3:] == [(16, 1.0), (32, None), (40, 0.0)]
+    assert [(row.branches, row.limited) for row in rows][-3:] == [(16, 1.0), (32, None), (40, None)]
 
 
 @pytest.mark.parametrize(
@@ -211,9 +220,55 @@ def test_a_plan_without_variance_between_questions_says_that_it_is_rough(
     between: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     split = TRUE._replace(between=between)
-    plan = PowerPlan("a", "b", 1.0, 0.8, 1, 0.05, 30, 64, 2, 0.5, split, split, 100.0, [], None, None, None)
+    plan = replace(plan_of(split, split), measured_questions=30)
     show_plan(plan)
     assert ("the table is rough" in capsys.readouterr().out) is (between == 0)
+
+
+def test_a_plan_that_all_allowed_branches_limit_says_when_they_are_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    source = Guarded(*recorded(12, Split.SEARCH))
+    plan = make_plan(replace(compared(orders=2, gain=20.0), rules=ReplayRules(8)), source, source.cells(), None)
+    assert [(row.branches, row.limited) for row in plan.rows] == [(4, 1.0), (8, 1.0), (16, 1.0), (32, None)]
+    assert plan.recommended is not None
+    assert plan.recommended.branches == 8
+    show_plan(plan)
+    printed = capsys.readouterr().out
+    assert "100% of the episodes open all 8 branches that --max-branches allows" in printed
+    assert "?" in printed
+
+
+def test_a_plan_is_made_for_the_orders_of_the_judgement() -> None:
+    rows = {
+        orders: plan_row(replace(plan_of(TRUE, NOTHING), orders=orders), GateTerms(), BRANCHES, 0.0)
+        for orders in (PlannedOrders(ORDERS, ORDERS), PlannedOrders(100, ORDERS))
+    }
+    few, many = rows.values()
+    assert few.questions == questions_needed(2.0, TRUE.at(BRANCHES, ORDERS) ** 0.5, 0.03)
+    assert many.questions == questions_needed(2.0, TRUE.at(BRANCHES, 100) ** 0.5, 0.03)
+
+
+def test_the_plan_command_plans_for_the_default_orders_of_each_judgement_and_warns_of_no_missing_branch(
+    tmp_path: Path,
+) -> None:
+    recordings = tmp_path / "recordings.jsonl"
+    recordings.write_text("".join(format_recording_line(item) for item in recorded(6, Split.SEARCH)))
+    options = f"--recordings {recordings} --champion self_consistency --plan --gain 9 --max-branches 16 --betas 0,0.5"
+    done = CliRunner().invoke(
+        app, ["gate", "short_m_at_k", *options.split(), "--engine", "local", "--report", f"{tmp_path}/plan.json"]
+    )
+    assert done.exit_code == 0, done.output
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert (written["measured_orders"], written["orders"]) == (20, {"single": 100, "sequential": 20})
+    assert "planned for a judgement with 100 orders" in done.output
+    assert "branches are recorded" not in done.output
+
+
+def test_a_plan_warns_once_of_branches_that_are_missing(caplog: pytest.LogCaptureFixture) -> None:
+    source = Guarded(*recorded(6, Split.SEARCH))
+    for most, count in ((16, 0), (40, 1)):
+        caplog.clear()
+        make_plan(replace(compared(orders=2), rules=ReplayRules(most)), source, source.cells(), None)
+        assert [record.message.count("only 16 branches are recorded") for record in caplog.records] == [1] * count
 
 
 def test_the_plan_command_prints_a_table_and_writes_the_plan(tmp_path: Path) -> None:
