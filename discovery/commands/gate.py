@@ -200,7 +200,14 @@ def _show(report: GateReport) -> None:
     if headlines.savings is not None:
         reached = f"{headlines.savings_cells} of {len(report.cells)} cells"
         console.print(
-            f"at β = {headlines.beta:g}: {describe_savings(headlines.savings)}, in {reached} (an estimate, not a test)",
+            f"{describe_savings(headlines.savings)} at β = {headlines.beta:g}, in {reached} (an estimate, not a test)",
+            highlight=False,
+        )
+    if headlines.same_cost_beta is not None:
+        console.print(
+            f"{report.name} spends the tokens of {report.champion} at β = {headlines.beta:g} "
+            f"at β = {headlines.same_cost_beta:.2f}",
+            markup=False,
             highlight=False,
         )
     if report.sequence is not None:

@@ -108,8 +108,13 @@ def check_failures(finalist: ControllerScores) -> Condition:
 def check_accuracy(gains: NDArray[np.float64], tokens: str, terms: GateTerms) -> Condition:
     """Check non-inferiority at equal tokens; final only if accuracy is significantly below the champion's."""
     low, high = bootstrap_bounds(gains)
-    text = f"{gains.mean():+.2f} points at equal tokens, {describe_interval(low, high, 90)}; {tokens}"
+    text = f"{gains.mean():+.2f} points {at_equal_tokens(terms)}, {describe_interval(low, high, 90)}; {tokens}"
     return Condition("accuracy", low >= -terms.margin, high < 0, finite_or_none(low), -terms.margin, text)
+
+
+def at_equal_tokens(terms: GateTerms) -> str:
+    """Return in words where accuracy is compared."""
+    return f"at the finalist's tokens at β = {terms.beta:g}"
 
 
 def describe_tokens(measured: ScoreSet, beta: float) -> str:

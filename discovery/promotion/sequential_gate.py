@@ -30,6 +30,7 @@ from discovery.promotion.conditions import (
     Condition,
     GateTerms,
     afs_gains,
+    at_equal_tokens,
     check_cells,
     check_failures,
     check_held_out,
@@ -305,7 +306,7 @@ def _check_accuracy(accuracy: NDArray[np.float64], tokens: str, terms: GateTerms
     """Check non-inferiority at equal tokens; final only if accuracy is significantly below the champion's."""
     evidence, limit = bet(accuracy + terms.margin, POINTS).highest, 1 / NON_INFERIORITY
     is_worse = bet(-accuracy, POINTS).highest >= limit
-    text = f"{accuracy.mean():+.2f} points at equal tokens, e = {evidence:.3g}, {limit:.3g} needed; {tokens}"
+    text = f"{accuracy.mean():+.2f} points {at_equal_tokens(terms)}, e = {evidence:.3g}, {limit:.3g} needed; {tokens}"
     return Condition("accuracy", evidence >= limit, is_worse, float(accuracy.mean()), -terms.margin, text)
 
 

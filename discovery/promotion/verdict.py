@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -19,6 +20,7 @@ from pydantic import TypeAdapter
 
 from discovery.data.atomic_files import atomic_write, json_object
 from discovery.data.recordings import Cell
+from discovery.evaluation.afs import CurvePoint
 from discovery.evaluation.paired_statistics import (
     ONE_SIDED,
     bootstrap_bounds,
@@ -81,14 +83,15 @@ class Headlines:
     """Figures for people; no condition depends on them."""
 
     beta: float
-    savings: float | None  # percent fewer tokens than the champion at β for the same accuracy
+    savings: float | None  # percent fewer tokens than the champion at β, at the champion's accuracy there
     savings_cells: int  # cells in which the finalist reaches that accuracy
     accuracy: float  # points gained at the champion's tokens at β
+    same_cost_beta: float | None = None  # β at which the finalist spends the champion's tokens at β; None if at none
 
 
 def describe_savings(percent: float) -> str:
     """Return in words how many tokens are saved; a negative percentage is an additional cost."""
-    return f"{abs(percent):.0f} % {'fewer' if percent >= 0 else 'more'} tokens at equal accuracy"
+    return f"{abs(percent):.0f} % {'fewer' if percent >= 0 else 'more'} tokens at the champion's accuracy"
 
 
 @dataclass(frozen=True)
@@ -330,7 +333,31 @@ def _headlines(finalist: ControllerScores, champion: ControllerScores, beta: flo
         if tokens is not None and theirs.tokens:
             saved.append(100 * (1 - tokens / theirs.tokens))
         gained.append(curve.accuracy_at(theirs.tokens) - theirs.accuracy)
-    return Headlines(beta, float(np.mean(saved)) if saved else None, len(saved), float(np.mean(gained)))
+    return Headlines(
+        beta,
+        float(np.mean(saved)) if saved else None,
+        len(saved),
+        float(np.mean(gained)),
+        _same_cost_beta(finalist, champion, beta),
+    )
+
+
+def _same_cost_beta(finalist: ControllerScores, champion: ControllerScores, beta: float) -> float | None:
+    """Return the smallest β at which the finalist spends the champion's mean tokens at `beta`; None if at none."""
+    own, theirs = (
+        [(row[0].beta, float(np.mean([point.tokens for point in row]))) for row in _rows(side)]
+        for side in (finalist, champion)
+    )
+    (wanted,) = (tokens for at, tokens in theirs if at == beta)
+    for (start, low), (end, high) in pairwise(own):
+        if min(low, high) <= wanted <= max(low, high):
+            return start if low == high else start + (end - start) * (wanted - low) / (high - low)
+    return None
+
+
+def _rows(side: ControllerScores) -> Iterator[tuple[CurvePoint, ...]]:
+    """Yield the points of all cells at each β."""
+    return zip(*(curve.points for curve in side.curves.values()), strict=True)
 
 
 def card_of(report: GateReport, lineage: Sequence[str] = (), **more: Any) -> dict[str, Any]:

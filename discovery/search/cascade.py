@@ -313,11 +313,19 @@ class Cascade:
     def _check_all(
         self, candidates: Sequence[Candidate], known: Sequence[CandidateVerdict]
     ) -> dict[int, CandidateVerdict]:
-        """Run the static check and the fingerprint check of all candidates."""
+        """Run the static check and the fingerprint check of all candidates. A file that was tried is not run again."""
+        tried = {earlier.digest for earlier in known}
         # reversed, so that the first verdict of each fingerprint counts
         seen = {earlier.fingerprint: earlier.digest for earlier in reversed(known) if earlier.fingerprint}
         has_probes = self.has_probes
-        verdicts = {at: _check_file(candidate, has_probes) for at, candidate in enumerate(candidates)}
+        verdicts: dict[int, CandidateVerdict] = {}
+        for at, candidate in enumerate(candidates):
+            if candidate.digest in tried:
+                failure = f"identical to {candidate.digest[:12]}, which was tried before"
+                verdicts[at] = CandidateVerdict(candidate.digest, failure=failure)
+            else:
+                verdicts[at] = _check_file(candidate, has_probes)
+            tried.add(candidate.digest)
         waiting = {
             at: self._start_fingerprint(candidates[at]) for at, verdict in verdicts.items() if not verdict.failure
         }

@@ -58,7 +58,7 @@ def page(sections: Sequence[Section], results: Mapping[str, SectionResult], pict
         f"- Machine: {machine()}\n- Versions: {versions()}\n- Digest of the code: {', '.join(codes)}\n"
         f"- Measured on {' and '.join(days)}, in {minutes:.0f} minutes",
         *_in_short(sections, results),
-        *_aims(outcomes(row for result in measured for row in result.rows)),
+        *_aims(outcomes(row for result in measured for row in result.rows), _shortfalls(sections, results)),
         *_missing(sections, results),
     ]
     for section in sections:
@@ -78,12 +78,25 @@ def _in_short(sections: Sequence[Section], results: Mapping[str, SectionResult])
     return ["## In short", "\n".join(lines)] if lines else []
 
 
-def _aims(reached: Sequence[AimOutcome]) -> list[str]:
+def _shortfalls(sections: Sequence[Section], results: Mapping[str, SectionResult]) -> list[str]:
+    """Return the texts in the output of sections that say what fell short, with links to the sections."""
+    lines = []
+    for section in sections:
+        result = results.get(section.name)
+        if section.shortfalls and result is not None and result.status == 0:
+            found = re.finditer(section.shortfalls, result.text)
+            lines += [f"- [{section.title}](#{anchor(section.title)}): {text[0].strip(' .')}." for text in found]
+    return lines
+
+
+def _aims(reached: Sequence[AimOutcome], shortfalls: Sequence[str]) -> list[str]:
     kept = [outcome for outcome in reached if outcome.is_reached]
     short = [outcome for outcome in reached if not outcome.is_reached]
     lines = ["## What fell short", f"{len(kept)} of {len(reached)} figures with an aim reach it."]
     if short:
         lines += ["These do not:", _aim_table(short)]
+    if shortfalls:
+        lines += ["Figures without an aim that are not as predicted:", "\n".join(shortfalls)]
     if kept:
         lines += ["## What reached its aim", _aim_table(kept)]
     return lines

@@ -50,6 +50,7 @@ class Section(NamedTuple):
     timeout_s: float = 1800.0
     summary: Callable[[Path], str] | None = None  # what its files in the folder say, if it prints nothing
     headlines: str = ""  # expression; the texts in lines of its output that it finds sum the section up
+    shortfalls: str = ""  # expression; the texts that it finds say what is not as predicted
 
 
 def _bench(part: str, *, pure: bool = True) -> Section:
@@ -89,6 +90,7 @@ def sections(soak_minutes: float, with_peers: bool) -> list[Section]:
             timeout_s=3600.0,
             summary=lambda folder: list_items(folder / "loop" / "report.html"),
             headlines=r"(?:The search tried|Gate against|Live,|found_\w+ reaches) .*",
+            shortfalls=r".*\(OUTSIDE\).*",
         ),
         Section(
             "parity",

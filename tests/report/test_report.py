@@ -104,7 +104,7 @@ def test_a_page_shows_figures_and_names_what_is_missing() -> None:
     listed = [
         measured,
         section("words", "")._replace(headlines="all .*"),
-        section("broken", "")._replace(headlines=".*"),
+        section("broken", "")._replace(headlines=".*", shortfalls=".*"),
         section("late", ""),
         section("later", ""),
         section("empty", "", has_rows=True),
@@ -132,6 +132,19 @@ def test_a_page_shows_figures_and_names_what_is_missing() -> None:
     assert "- About later: not measured (`make later`)" in text
     assert "- About empty: needs the public recordings" in text
     assert "## About broken" not in text
+
+
+def test_a_live_figure_outside_its_prediction_fell_short() -> None:
+    (loop,) = (one for one in sections(10.0, with_peers=False) if one.name == "loop")
+    printed = (
+        "accuracy before: 87.5 live, predicted 61.0 to 84.0 (OUTSIDE).\n"
+        "accuracy after: 72.5 live, predicted 55.9 to 78.5 (inside).\n"
+    )
+    short = page([loop], {"loop": result("loop", text=printed, rows=ROWS)}, {}).partition("## What fell short")[2]
+    short = short.partition("\n## ")[0]
+    assert "- [The loop of discovery](#the-loop-of-discovery): accuracy before: 87.5 live, predicted 61.0 to" in short
+    assert "inside" not in short
+    assert "not as predicted" not in page([loop], {"loop": result("loop", text="(inside)\n")}, {})
 
 
 def test_a_quoted_figure_must_be_in_the_section(tmp_path: Path) -> None:

@@ -300,7 +300,30 @@ def test_a_judgement_of_too_few_questions_says_how_many_are_needed() -> None:
 
 @pytest.mark.parametrize(("percent", "text"), [(75, "75 % fewer tokens"), (-123.4, "123 % more tokens")])
 def test_a_negative_saving_is_stated_as_a_cost(percent: float, text: str) -> None:
-    assert describe_savings(percent) == f"{text} at equal accuracy"
+    assert describe_savings(percent) == f"{text} at the champion's accuracy"
+
+
+def test_a_report_says_where_accuracy_is_compared_and_at_which_beta_the_finalist_costs_as_much() -> None:
+    report = judged({"m": SPREAD, "n": SPREAD})
+    accuracy = next(condition for condition in report.conditions if condition.name == "accuracy")
+    assert "points at the finalist's tokens at β = 0.5, 90 %" in accuracy.words
+    spent = {point["beta"]: point["tokens"] for point in report.cells[0].finalist}
+    wanted = report.cells[0].champion[1]["tokens"]
+    assert spent[0.5] == wanted
+    assert report.headlines.same_cost_beta == 0.5
+
+
+@pytest.mark.parametrize(("scale", "beta"), [(1, 0.5), (0.5, 2 / 3), (0.4, 0.75), (0.2, None), (5, None)])
+def test_the_beta_of_the_champions_cost_is_read_between_the_finalists_points(scale: float, beta: float | None) -> None:
+    given = measured({"m": SPREAD, "n": SPREAD})
+    finalist, champion = given.sides
+    curves = {
+        cell: replace(curve, points=[point._replace(tokens=point.tokens * scale) for point in curve.points])
+        for cell, curve in finalist.curves.items()
+    }
+    sides = [replace(finalist, curves=curves), champion]
+    report = judge(replace(given, sides=sides), GateTerms(), JudgementContext(1, [], "s", "now", "me"))
+    assert report.headlines.same_cost_beta == (None if beta is None else pytest.approx(beta))
 
 
 def test_an_undecided_verdict_says_how_many_more_questions_it_takes() -> None:

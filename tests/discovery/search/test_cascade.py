@@ -182,6 +182,17 @@ def test_a_candidate_that_behaves_like_an_earlier_one_is_refused_with_its_digest
     assert third.failure == verdicts[2].failure  # compared with the original, not with its copy
 
 
+def test_an_identical_file_is_reported_and_not_run_again(cascade: Cascade) -> None:
+    first = written(GOOD)
+    verdicts = judge(cascade, first, written(GOOD))
+    (later,) = cascade.judge([written(GOOD)], verdicts)
+    assert verdicts[0].failure == ""
+    assert verdicts[1] == later == CandidateVerdict(first.digest, failure=later.failure)
+    assert later.failure == f"identical to {first.digest[:12]}, which was tried before"
+    failed = written("import os\n")
+    assert [verdict.failure[:10] for verdict in judge(cascade, failed, failed)] == ["line 1: a ", "identical "]
+
+
 def test_candidates_that_differ_only_in_the_signals_they_read_behave_differently(cascade: Cascade) -> None:
     plain = {"widen": "growing", "stop": "lead"}
     components = [{}, {"weight": "likelihood"}, {"weight": "probe"}, {"prune": "weak"}, {"filter": "confident"}]
