@@ -172,8 +172,9 @@ class Metrics:
     shadow_agreement = MetricRow(
         Counter,
         "autotts_shadow_agreement",
-        "Rounds of the champion, by whether the shadow would have decided the same: true, false or failed. Episodes "
-        "that the shadow had no time to compare count as skipped.",
+        "Rounds of the champion, by whether the shadow would have decided the same: true, false or failed. An "
+        "episode's rounds after the first difference are not counted. Episodes that the shadow had no time to compare "
+        "count as skipped.",
         ("controller", "agreed"),
     )
     registry_version = MetricRow(
