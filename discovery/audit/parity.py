@@ -106,7 +106,9 @@ def check_parity(served: ServedRecords, given: Sequence[Spec] = (), shuffles: in
             pair for episode in served.episodes if (pair := _pair(episode, served, controllers, truth)) is not None
         ]
         groups = list(_groups(served, pairs, truth, shuffles))
-    return ParityReport(decisions, _reproduced(pairs), groups)
+    sampled = (episode.request_id for episode in served.episodes if episode.about.get("sampled"))
+    unrecorded = sum(request not in served.recordings for request in sampled)
+    return ParityReport(decisions, _reproduced(pairs), groups, unrecorded)
 
 
 class _Pair(NamedTuple):

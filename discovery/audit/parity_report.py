@@ -119,6 +119,7 @@ class ParityReport:
     decisions: DecisionReport
     reproduced: ReproductionReport
     groups: Sequence[ParityGroup]
+    unrecorded: int = 0  # sampled episodes without a recording, so far
 
     @property
     def checked(self) -> bool:
@@ -146,5 +147,6 @@ class ParityReport:
                 "episodes": reproduced.episodes,
                 "differing": [difference._asdict() for difference in reproduced.differing],
             },
+            "unrecorded": self.unrecorded,
             "means": [group.as_json() for group in self.groups],
         }

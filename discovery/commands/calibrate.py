@@ -29,11 +29,12 @@ from discovery.commands.options import (
     Models,
     RecordingsPlace,
     Shuffles,
+    Who,
     Workers,
     check_cluster_options,
     registry_option,
+    user_name,
 )
-from discovery.commands.promote import Who
 from discovery.data.atomic_files import check_output
 from discovery.data.recordings import Split
 from discovery.errors import PromotionError, RecordingsNotFound
@@ -97,7 +98,7 @@ def calibrate_command(
         AnyPlace | None,
         registry_option("make the chosen controllers champions of their models here; --controllers may name its own"),
     ] = None,
-    who: Who = "unknown",
+    who: Who = None,
 ) -> None:
     """Measure the cost and accuracy of each β on each model, and choose among several controllers for each model."""
     check_cluster_options(engine, address, workers)
@@ -153,7 +154,7 @@ def calibrate_command(
     if compare:
         _print_comparison(console, gains, specs, confidence)
     if opened is not None:
-        for line in install_choices(opened, calibrations, specs, who):
+        for line in install_choices(opened, calibrations, specs, who or user_name()):
             print_plain(console, line)
 
 

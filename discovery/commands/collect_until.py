@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import getpass
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from controllers.loading import parse_spec
 from discovery.commands.gate import judge_in_subprocess
+from discovery.commands.options import user_name
 from discovery.data.questions import Question
 from discovery.data.recordings import Split, default_split
 from discovery.errors import CollectError
@@ -62,7 +62,7 @@ class SequentialJob:
                 ledger=self.ledger,
                 report=Path(folder, "report.json"),
                 created=utc_now(),
-                who=getpass.getuser(),
+                who=user_name(),
                 models=self.model,
                 benchmarks=self.benchmark,
                 shuffles=ORDERS,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import logging
 import subprocess
@@ -32,6 +31,7 @@ from discovery.commands.options import (
     RecordingsPlace,
     Workers,
     check_cluster_options,
+    user_name,
 )
 from discovery.data.atomic_files import check_output
 from discovery.data.recordings import Split
@@ -119,7 +119,7 @@ def gate(
             ledger=ledger or NO_LEDGER,
             report=report or Path(folder, "report.json"),
             created=utc_now(),
-            who=getpass.getuser(),
+            who=user_name(),
             split=split,
             model=model,
             models=models,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import sys
 from collections.abc import Callable
@@ -23,6 +24,17 @@ DEFAULT_STORE: Final = Path("autotts.db")
 STORE_VARIABLE: Final = "AUTOTTS_STORE"
 STDOUT: Final = "-"
 """Value of `--json` that selects standard output."""
+
+
+def user_name() -> str:
+    """Return the name of the user who runs the command, for audits and ledgers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # containers may run as a number without a name
+        return "unknown"
+
+
+Who = Annotated[str | None, typer.Option(help="name for the audit log (default: the user's)")]
 
 if TYPE_CHECKING:
     AnyPlace = StorePlace

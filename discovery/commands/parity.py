@@ -97,6 +97,9 @@ def _show(report: ParityReport) -> None:
     console = wide_console()
     _show_decisions(console, report.decisions)
     _show_reproduced(console, report.reproduced)
+    if report.unrecorded:
+        text = f"{report.unrecorded:,} sampled episodes are not recorded, or not yet; those recorded first need not be"
+        print_plain(console, f"{text} typical, so check again later", "yellow")
     if not report.groups:
         text = "means: nothing to compare, because no branches of served requests were completed"
         print_plain(console, f"{text} (set AUTOTTS_RECORD_FRACTION to have some completed)", "yellow")

@@ -20,7 +20,7 @@ from controllers.loading import Spec, read
 from controllers.rollout_state import RolloutStage, RolloutState
 from discovery.commands.console import wide_console
 from discovery.commands.gate import judge_in_subprocess
-from discovery.commands.options import AnyPlace, AsJson, LedgerPlace, RegistryPlace, registry_place
+from discovery.commands.options import AnyPlace, AsJson, LedgerPlace, RegistryPlace, Who, registry_place, user_name
 from discovery.data.safe_json import parse_json
 from discovery.errors import PromotionError
 from discovery.promotion.gate import GateJob
@@ -37,7 +37,6 @@ CONTROLLER_VARIABLE: Final = "AUTOTTS_CONTROLLER"
 TAIL: Final = 10
 """Lines of the audit log that are shown."""
 
-Who = Annotated[str, typer.Option(envvar="USER", help="name for the audit log")]
 Why = Annotated[str, typer.Option(help="reason for the audit log")]
 ForModel = Annotated[
     str | None, typer.Option("--model", help="model it is for (default: all models without a champion of their own)")
@@ -53,7 +52,7 @@ def promote(
     share: Annotated[float, typer.Option(min=0, max=1, help="share of requests for a canary")] = 0.1,
     model: ForModel = None,
     why: Why = "",
-    who: Who = "unknown",
+    who: Who = None,
     report: Annotated[Path | None, typer.Option(help="the gate's JSON report on the file")] = None,
     recordings: Annotated[
         AnyPlace | None,
@@ -71,13 +70,13 @@ def promote(
 ) -> None:
     """Put a controller at a rollout stage; running proxies follow within two seconds."""
     place = registry_place(registry)
-    opened, by = Registry(place), ChangeCause(who, why, datetime.now(UTC), force)
+    opened, by = Registry(place), ChangeCause(who or user_name(), why, datetime.now(UTC), force)
     before = opened.read()
     if what.endswith(".py"):
         spec = read(Path(what))
         if recordings is not None:
             judged_in = ledger or default_ledger(place)
-            report = run_gate_on(Path(what), recordings, against, judged_in, shuffles, who, model, probe_tokens)
+            report = run_gate_on(Path(what), recordings, against, judged_in, shuffles, by.who, model, probe_tokens)
         card = {**discovery_card(Path(what)), **card_of(spec, report, force)}
         after = install(opened, spec, card, stage, share, by, model)
         digest = spec.digest
@@ -100,14 +99,15 @@ def rollback(
     canary: Annotated[bool, typer.Option("--canary", help="drop the canary only; the champion stays")] = False,
     shadow: Annotated[bool, typer.Option("--shadow", help="drop the shadow only; the champion stays")] = False,
     why: Why = "",
-    who: Who = "unknown",
+    who: Who = None,
 ) -> None:
     """Restore the previous champion and drop the canary, of one model or of the default."""
     if canary and shadow:
         raise typer.BadParameter("--canary and --shadow: give one of them")
     opened = Registry(registry_place(registry))
     before = opened.read()
-    by = ChangeCause(who, why, datetime.now(UTC), version=before.version)  # of two at the same time, only one is made
+    # of two at the same time, only one is made
+    by = ChangeCause(who or user_name(), why, datetime.now(UTC), version=before.version)
     own = before.own(model)
     if canary or shadow:
         stage = RolloutStage.CANARY if canary else RolloutStage.SHADOW

@@ -5,6 +5,7 @@ A malformed file is refused as a whole; the error names the record and the reaso
 
 from __future__ import annotations
 
+import codecs
 import json
 import lzma
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,9 +75,10 @@ def read_release(path: Path) -> list[RecordedQuestion]:
 
 
 def _content(path: Path) -> bytes:
-    """Return the content of a file, plain or .xz. Raises BadRecording."""
+    """Return the content of a file, plain or .xz, without a byte order mark. Raises BadRecording."""
     try:
-        return lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+        content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+        return content.removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise BadRecording(f"{path}: {error.strerror}") from None
     except lzma.LZMAError as error:

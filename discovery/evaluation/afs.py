@@ -118,6 +118,15 @@ def mean_paths(by_cell: Sequence[Curve]) -> NDArray[np.float64]:
     return paths
 
 
+def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float, float]]:
+    """Return β, tokens and percent correct, averaged over cells."""
+    points: Sequence[Sequence[CurvePoint]] = list(zip(*(curve.points for curve in curves), strict=True))
+    return [
+        (row[0].beta, float(np.mean([one.tokens for one in row])), float(np.mean([one.accuracy for one in row])))
+        for row in points
+    ]
+
+
 def area_under(line: Sequence[tuple[float, float]], anchor: Anchor) -> float:
     """Return the area under (tokens, accuracy) points by rising β."""
     low, high = anchor.tokens, CHAINS * anchor.tokens

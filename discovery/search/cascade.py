@@ -26,7 +26,7 @@ import numpy as np
 from controllers.advice import advise
 from controllers.loading import LARGEST, Spec
 from discovery.errors import EngineError
-from discovery.evaluation.afs import Curve, CurvePoint, mean_afs, mean_paths
+from discovery.evaluation.afs import Curve, mean_afs, mean_curve, mean_paths
 from discovery.evaluation.replay_jobs import ReplayRules, Sealing
 from discovery.promotion.conditions import path_limits
 from discovery.search.explorers import Candidate
@@ -389,15 +389,6 @@ def _outcome(entry: PendingTrial) -> list[Curve] | str:
         return curves
     # named by its number, because explorers read this and cell names are untrusted text
     return f"a larger β spends fewer tokens on cell {falling + 1}: {_spends(curves[falling])}"
-
-
-def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float, float]]:
-    """Return β, tokens and percent correct, averaged over all cells."""
-    points: Sequence[Sequence[CurvePoint]] = list(zip(*(curve.points for curve in curves), strict=True))
-    return [
-        (row[0].beta, float(np.mean([one.tokens for one in row])), float(np.mean([one.accuracy for one in row])))
-        for row in points
-    ]
 
 
 def _spends(curve: Curve) -> str:

@@ -18,8 +18,8 @@ from typing import Any, Final
 from controllers.builtin import BUILT_IN
 from controllers.loading import Spec
 from discovery.errors import BudgetExhausted, ExplorerError
-from discovery.evaluation.afs import Curve, mean_afs
-from discovery.search.cascade import BASELINE, REFERENCE, CandidateVerdict, Cascade, mean_curve
+from discovery.evaluation.afs import Curve, mean_afs, mean_curve
+from discovery.search.cascade import BASELINE, REFERENCE, CandidateVerdict, Cascade
 from discovery.search.explorers import Candidate, Cost, Explorer, ExplorerContext, ScoredCandidate
 from discovery.search.history import History
 from discovery.search.trial_pool import TrialSettings

@@ -63,6 +63,7 @@ class EpisodeDetails(TypedDict, total=False):
     flagged: bool  # the reply had less; only with `min_agreement`, and if there was a reply
     escalated_at: int  # rounds before the baseline continued the episode at a larger β, if it did
     escalated_beta: float  # that β
+    sampled: bool  # only if so: its branches are completed after the reply, for a recording
     client_request_id: str  # the client's own id of the request, if it sent one
 
 

@@ -116,14 +116,19 @@ class EpisodeLog:
         if not self.writer.is_on:
             return
         owner = RequestOwner(plan.provenance.tenant, plan.stage, plan.spec.digest, plan.prompt.model)
-        made = _episode(plan, runner, environment, state, reply, str(state.stop or outcome), self._text)
+        sampled = reply is not None and self._complete_later(plan, runner, environment, state)
+        made = _episode(plan, runner, environment, state, reply, str(state.stop or outcome), self._text, sampled)
         self.writer.put(plan.request_id, made, owner)
-        if reply is None:
-            return
+
+    def _complete_later(
+        self, plan: Plan, runner: ControllerRunner, environment: EpisodeEnvironment, state: State
+    ) -> bool:
+        """Queue the completion of an episode's branches, if it was sampled. Returns whether it is queued."""
         if isinstance(environment, LiveEnvironment) and self.completer.wants(plan, state):
-            self.completer.enqueue(PendingEpisode(plan, environment, tuple(runner.measured_rounds)))
-        elif isinstance(environment, ReplyEnvironment) and self.completer.wants_replies(plan, environment, state):
-            self.completer.enqueue(PendingEpisode(plan, environment, ()))
+            return self.completer.enqueue(PendingEpisode(plan, environment, tuple(runner.measured_rounds)))
+        if isinstance(environment, ReplyEnvironment) and self.completer.wants_replies(plan, environment, state):
+            return self.completer.enqueue(PendingEpisode(plan, environment, ()))
+        return False
 
     async def _complete(self) -> None:
         while True:
@@ -236,6 +241,7 @@ def _episode(
     reply: Reply | None,
     stop: str,
     text: StoreText,
+    sampled: bool,
 ) -> Callable[[], ServedEpisode]:
     """Return a function that builds the record of an episode. It can run in a thread later, because it uses copies."""
     seconds = round(time.monotonic() - plan.started, 6)
@@ -274,6 +280,8 @@ def _episode(
         about |= {"escalated_at": runner.escalated_at, "escalated_beta": runner.escalated_beta}
     if environment.cutoff is not None:
         about["refused"] = environment.cutoff
+    if sampled:
+        about["sampled"] = True
     if client_id := logs.client_request_id.get():
         about["client_request_id"] = client_id
     if text is StoreText.FULL:

@@ -579,6 +579,18 @@ def test_the_parity_command_reports_writes_files_and_refuses_bad_arguments(tmp_p
 
 
 @pytest.mark.process
+def test_the_parity_command_says_how_many_sampled_episodes_are_not_recorded_yet(tmp_path: Path) -> None:
+    records = consistent()
+    for at in range(14):
+        records = changed(records, at, about={"sampled": True})
+    write(tmp_path / "s.db", records.episodes, list(records.recordings.values())[:11])
+    done = autotts("parity", "--store", "s.db", "--json", "f.json", "--shuffles", "2", folder=tmp_path)
+    assert "3 sampled episodes are not recorded, or not yet" in done.stdout
+    assert json.loads((tmp_path / "f.json").read_text())["unrecorded"] == 3
+    assert check_parity(records, shuffles=2).unrecorded == 0
+
+
+@pytest.mark.process
 def test_the_parity_command_exits_with_1_on_a_disagreement(tmp_path: Path) -> None:
     records = consistent()
     records = changed(records, 2, about={"spent": 1})

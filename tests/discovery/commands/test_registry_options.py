@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from discovery.promotion.registry import Registry
 from discovery.store import DatabaseUrl, child_environment, parse_place
 from proxy.cli import app
 from tests.postgres_server import QUOTED_PASSWORD, PostgresServer
+from tests.readability import ROOT
 
 PROMOTE = ("promote", "asc", "--as", "champion")
 URL = DatabaseUrl("postgresql://me@host/db")
@@ -33,6 +38,25 @@ def test_a_command_without_a_registry_says_how_to_name_one(
         status, output = autotts(*command)
         assert status == 2
         assert "--registry is needed: a folder, or a postgresql:// URL" in output
+
+
+def test_the_audit_names_the_user_as_the_ledger_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    registry = str(tmp_path / "registry")
+    assert autotts(*PROMOTE, "--registry", registry)[0] == 0
+    assert autotts("rollback", "--registry", registry, "--who", "me")[0] == 0
+    assert [line["who"] for line in Registry(Path(registry)).audit()] == [getpass.getuser(), "me"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run as a user without a name")
+def test_a_user_without_a_name_is_unknown() -> None:
+    code = (
+        "import os; from discovery.commands.options import user_name; os.setuid(54321); "
+        "[os.environ.pop(name, None) for name in ('LOGNAME', 'USER', 'LNAME', 'USERNAME')]; "
+        "raise SystemExit(user_name() != 'unknown')"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
 
 
 def test_a_url_of_another_database_is_refused() -> None:

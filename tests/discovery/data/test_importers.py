@@ -240,6 +240,15 @@ def test_a_line_keeps_signals_and_null_for_unknown_ones(tmp_path: Path) -> None:
     assert json.loads(format_recording_line(recorded))["branches"][0] == branch
 
 
+@pytest.mark.parametrize("ending", ["", ".xz"])
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path, ending: str) -> None:
+    plain = write(tmp_path, "x.jsonl", LINE).read_bytes()
+    marked = tmp_path / f"marked.jsonl{ending}"
+    content = b"\xef\xbb\xbf" + plain
+    marked.write_bytes(lzma.compress(content) if ending else content)
+    assert read_jsonl(marked) == read_jsonl(tmp_path / "x.jsonl")
+
+
 def test_a_line_without_signals_is_written_as_before(tmp_path: Path) -> None:
     (recorded,) = read_jsonl(write(tmp_path, "x.jsonl", LINE))
     assert not recorded.branches[0].has_signals

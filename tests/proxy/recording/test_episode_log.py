@@ -556,6 +556,7 @@ async def test_the_branches_of_a_sampled_request_are_completed_and_recorded(
         assert all(cost > 0 for cost in recorded.probe_tokens)
         assert recorded.final in ("7", "9")
     (kept,) = await episodes(path)
+    assert kept.about["sampled"] is True
     assert generated >= sum(branch.tokens for branch in recording.branches)
     assert sum(kept.ledger.values()) < generated  # the client is not billed for it
 
