@@ -135,6 +135,7 @@ class GateReport:
     answers: str = ""  # how answers are compared; empty if unknown
     model: str = ""  # the one model that it was judged for, on that model's cells only; empty: all models
     probe_tokens: int | None = None  # tokens charged per probe; None: as recorded
+    gains: list[float] | None = None  # points of AFS of each question, from which p follows; None in a sequence
     more: int | None = None  # further questions that would likely decide, if undecided; None if unknown
     sequence: SequenceReport | None = None  # of a sequential judgement
 
@@ -229,6 +230,7 @@ def judge(measured: ScoreSet, terms: GateTerms, about: JudgementContext) -> Gate
         p=p,
         interval=(low, high) if math.isfinite(low) else None,
         mde=detectable_difference(gains, level),
+        gains=gains.tolist(),
         more=_more_questions(gains, accuracy, terms, about.k) if report.can_grow else None,
     )
 

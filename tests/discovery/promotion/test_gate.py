@@ -257,6 +257,7 @@ def test_a_gate_report_contains_its_effect_p_conditions_and_headlines() -> None:
     assert [one.name for one in report.conditions] == [
         *("held-out", "static", "failures", "better", "significant", "accuracy", "cells", "path", "models")
     ]
+    assert sign_flip_p(np.array(report.as_json()["gains"]), report.alpha) == report.p
     assert report.cells[0].finalist[1] == pytest.approx({"beta": 0.5, "tokens": 4000, "accuracy": 55, "path": 1000})
     assert report.headlines.accuracy == pytest.approx(7.5)
     assert report.headlines.savings == pytest.approx(75)  # β = 0 is already as accurate
