@@ -12,6 +12,7 @@ from uuid import uuid4
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from controllers import Stop
 from controllers.builtin import is_admin_only
 from proxy.admission.auth import Caller
 from proxy.admission.request_slot import RequestSlot
@@ -275,6 +276,7 @@ class GenerationEndpoints:
                     async with fail_after(plan.remaining_s):
                         await stack.enter_async_context(slot)
                 except DeadlinePassed:
+                    end(0, Stop.DEADLINE)
                     record_unstarted(service.engine, service.grading, service.controllers, service.episode_log, plan)
                     raise
             reply = await serve_request(

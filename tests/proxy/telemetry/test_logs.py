@@ -281,3 +281,20 @@ async def test_the_access_log_has_the_key_and_code_of_requests_to_unknown_paths(
     assert (missing["status"], missing["code"], missing["key"]) == (404, "not_found", "ada")
     assert (wrong_method["status"], wrong_method["code"], wrong_method["key"]) == (405, "method_not_allowed", "ada")
     assert (unknown["code"], "key" in unknown) == ("not_found", False)
+
+
+async def test_the_access_log_has_the_stop_of_a_request_whose_deadline_passes_in_the_queue(backend: FakeVLLM) -> None:
+    settings = load(upstream=backend.url, log="json", max_episodes=1, **SMALL)
+    written = logged(settings)
+    backend.fault = "hang"
+    path = "/v1/chat/completions"
+    body = {"model": MODEL, "tts": {"beta": 0.5, "deadline_s": 0.3}, **VOTED[path]}
+    async with running(settings) as url, aiohttp.ClientSession() as http:
+        first = asyncio.create_task(http.post(url + path, json={**body, "tts": {"beta": 0.5}}))
+        await backend.hanging.wait()
+        async with http.post(url + path, json=body) as response:
+            assert response.status == 504
+        (line,) = access_lines(written)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+    assert (line["status"], line["tokens"], line["stop"], line["controller"]) == (504, 0, "deadline", "cmc")
