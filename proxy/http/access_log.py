@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
@@ -94,6 +95,11 @@ class AccessLogMiddleware:
 
         try:
             await self._app(scope, receive, sending)
+        except asyncio.CancelledError:  # by a shutdown, which sends its own response unless one has begun
+            if not timing.headers:
+                timing.status = int(HTTPStatus.SERVICE_UNAVAILABLE)
+                scope.setdefault("state", {})["error_code"] = "draining"
+            raise
         finally:
             timing.finish(service.metrics, scope.get("state", {}))
 

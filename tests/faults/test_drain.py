@@ -145,6 +145,23 @@ async def test_a_request_cut_by_the_shutdown_before_any_token_may_be_retried(bac
         assert await served.end() == 0
 
 
+async def test_the_log_has_the_status_of_a_forwarded_request_that_the_shutdown_cuts(
+    backend: FakeVLLM, tmp_path: Path
+) -> None:
+    async with serving(backend, tmp_path, AUTOTTS_DRAIN_S="0.2", AUTOTTS_LOG="json") as served:
+        backend.gate.clear()
+        body = {"model": MODEL, "prompt": "hi", "max_tokens": 4}
+        asking = asyncio.create_task(served.http.post(f"{served.url}/v1/completions", json=body))
+        await until(lambda: runs(backend))
+        served.process.send_signal(signal.SIGTERM)
+        async with await asking as response:
+            assert (response.status, (await response.json())["error"]["code"]) == (503, "draining")
+        assert await served.end() == 0
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines() if line.startswith("{")]
+    (line,) = (line for line in lines if line["message"].startswith("POST /v1/completions"))
+    assert (line["status"], line["code"]) == (503, "draining")
+
+
 @pytest.mark.parametrize(
     ("path", "fields"),
     [
