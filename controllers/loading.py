@@ -126,7 +126,7 @@ def read(path: Path) -> Spec:
 
 def load(source: str, name: str) -> Factory:
     """Run the text of a controller file and return its class with a `decide` method. Raises BadController."""
-    module = ModuleType(f"controller_{sha256(source.encode()).hexdigest()[:12]}")
+    module = ModuleType(_module_name(sha256(source.encode()).hexdigest()))
     sys.modules[module.__name__] = module  # dataclasses look their module up there
     try:
         exec(compile(source, f"{name}.py", "exec"), module.__dict__)
@@ -154,3 +154,12 @@ def make(spec: Spec, beta: float) -> Controller:
         raise
     except (Exception, SystemExit) as error:
         raise BadController(f"{spec.name}: its constructor raised {type(error).__name__}: {error}") from None
+
+
+def unload(digest: str) -> None:
+    """Remove the module of a controller file that `load` has run, by the file's digest. Its class still works."""
+    sys.modules.pop(_module_name(digest), None)
+
+
+def _module_name(digest: str) -> str:
+    return f"controller_{digest[:12]}"

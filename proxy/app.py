@@ -65,6 +65,8 @@ def create_app(settings: Settings, place: WorkerPlace | None = None) -> FastAPI:
             stack.push_async_callback(service.grading.close)
             await service.controllers.open()
             stack.push_async_callback(service.controllers.close)
+            service.retirement.open()
+            stack.push_async_callback(service.retirement.close)
             await service.episode_log.open()
             stack.push_async_callback(service.episode_log.close)
             stack.push_async_callback(service.load_shedding.close)

@@ -168,7 +168,7 @@ class RequestSlots:
         self._max_branches = settings.max_branches
         self._common = Caps(settings.max_branches, settings.max_total_tokens, settings.tokens_per_minute)
         self._metrics = metrics
-        self._tally = UsageTally(metrics.count_key_tokens if settings.key_metrics else None)
+        self.tally = UsageTally(metrics.count_key_tokens if settings.key_metrics else None)
         self._warned: set[str] = set()  # sources of caps that a warning has named
         self._queues = {"episode": self.episodes, "passed": self.passthrough}
         for kind, queue in self._queues.items():
@@ -217,7 +217,7 @@ class RequestSlots:
             TokenLimit(bound.max_tokens, "as many as it may generate"),
             "set a smaller max_tokens",
             lambda permit, place, reservation: PassthroughSlot(
-                permit, place, reservation, caps, self._tally.adder(caller.key), bound, count
+                permit, place, reservation, caps, self.tally.adder(caller.key), bound, count
             ),
         )
 
@@ -247,7 +247,7 @@ class RequestSlots:
             TokenLimit(caps.tokens, caps.source),
             "set tts.max_total_tokens or the key's limit `tokens`" if caller.key else "set tts.max_total_tokens",
             lambda permit, place, reservation: RequestSlot(
-                permit, place, reservation, caps, self._tally.adder(caller.key)
+                permit, place, reservation, caps, self.tally.adder(caller.key)
             ),
         )
 
@@ -315,7 +315,7 @@ class RequestSlots:
                 "passed": running.get("passed", self.passthrough.taken[holder]),
                 "waiting": self.episodes.waiting_of(holder) + self.passthrough.waiting_of(holder),
                 **_tokens(used[holder]),
-                "since_start": self._tally.of(holder).as_json(),
+                "since_start": self.tally.of(holder).as_json(),
             }
 
         total = {
@@ -324,7 +324,7 @@ class RequestSlots:
             "passed": self.passthrough.in_flight,
             "waiting": self.episodes.waiting + self.passthrough.waiting,
             **_tokens(used[""]),
-            "since_start": self._tally.total.as_json(),
+            "since_start": self.tally.total.as_json(),
         }
         return {"all": total, "keys": {name: usage(name, caps) for name, caps in callers.items()}}
 

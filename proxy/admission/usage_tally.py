@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 
@@ -73,6 +73,10 @@ class UsageTally:
         self.total = SpentTokens()
         self._count = count
         self._by_key: dict[str, SpentTokens] = {}
+
+    def keep(self, keys: Container[str]) -> None:
+        """Forget all keys but these, which are configured now."""
+        self._by_key = {key: spent for key, spent in self._by_key.items() if key in keys}
 
     def of(self, key: str) -> SpentTokens:
         """Return the sums of a key."""

@@ -271,6 +271,7 @@ class GenerationEndpoints:
                 request.scope["state"].setdefault("episodes", first).add(tokens, stop)
 
         async with AsyncExitStack() as stack:
+            stack.enter_context(service.controllers.serving(plan.choice.spec))
             with DisconnectCounter(service.metrics, plan.prompt.model):
                 try:
                     async with fail_after(plan.remaining_s):

@@ -23,7 +23,9 @@ from proxy.recording.template_drift import TemplateDrift
 from proxy.rollout.controller_manager import ControllerManager
 from proxy.settings import Settings
 from proxy.telemetry import otel_metrics, tracing
+from proxy.telemetry.label_sets import LabelSets
 from proxy.telemetry.metrics import Metrics
+from proxy.telemetry.retirement import Retirement, RetirementTask
 from proxy.telemetry.worker_metrics import WorkerMetrics, WorkerPlace
 from proxy.upstream.circuit_breaker import BreakerState
 from proxy.upstream.fleet.factory import create_upstream
@@ -69,6 +71,16 @@ class Service:
         self.models = ModelDirectory(engine, settings.model)
         self.betas = BetaDefaults(settings.beta, calibrations, self.controllers.champion)
         self.served: list[str] = []  # ids of models, as of the latest health check
+        self._model_labels = LabelSets(self.metrics, "model")
+        self._retired_models = Retirement(settings.retired_metrics_s)
+        self._key_labels = LabelSets(self.metrics, "key")
+        self._retired_keys = Retirement(settings.retired_metrics_s)
+        self.retirement = RetirementTask(
+            settings.retired_metrics_s,
+            self.controllers.forget_retired,
+            self._forget_retired_models,
+            self._forget_removed_keys,
+        )
         self._bind_gauges()
 
     def _bind_gauges(self) -> None:
@@ -84,6 +96,25 @@ class Service:
         """Count an upstream event, and schedule a check of the chat templates: the upstream may have been replaced."""
         self.metrics.upstream_events.labels(event).inc()
         self.drift.report_upstream_failure()
+
+    def _forget_retired_models(self) -> None:
+        """Remove what is kept of models that the upstream serves no longer."""
+        if not self.served:
+            return  # the upstream is away, and its models may come back with it
+        known = self._model_labels.values().union(self.metrics.chain_lengths.models, self.unapplied.models)
+        retired = self._retired_models.retired(known, {"", *self.served})  # empty: requests that name no model
+        self._model_labels.remove(retired)
+        for model in retired:
+            self.metrics.chain_lengths.forget(model)
+            self.unapplied.forget(model)
+            self.controllers.forget_model(model)
+
+    def _forget_removed_keys(self) -> None:
+        """Remove the sums and metrics of keys that have been removed from the key file."""
+        if (keyring := self.authenticator.keyring) is not None:
+            names = {key.name for key in keyring.keys}
+            self.request_slots.tally.keep(names)
+            self._key_labels.remove(self._retired_keys.retired(self._key_labels.values(), names))
 
     async def _check_upstream(self) -> bool:
         """Check whether the upstream is healthy and serves a model, and return the result."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, ParamSpec, Protocol, TypeVar
+from weakref import WeakSet
 
 from discovery.answers import PATTERN_S, Answer, AnswerKind, ExtractionMethod, Judge, read_answer
 from proxy.telemetry.metrics import Metrics
@@ -35,6 +37,8 @@ KILL_S: Final = 3.0
 """Extra seconds charged for a comparison whose process is killed, because another must be started."""
 WAIT_S: Final = 5.0
 """Maximum seconds that a comparison waits for a free process."""
+LANES_LOOKED_AT: Final = 4
+"""Lanes of which each new grader looks whether they can be forgotten."""
 
 
 class Grader(Protocol):
@@ -77,6 +81,11 @@ class TimeBudget:
         self._updated = now
         return self._left
 
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing that was spent is missing."""
+        return self.left >= self._most
+
     def spend(self, seconds: float) -> None:
         """Take `seconds` off the budget."""
         self._left = self.left - seconds
@@ -88,6 +97,12 @@ class TenantLane:
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
         self.budget = TimeBudget(TENANT_S, TENANT_SHARE)
+        self.graders: WeakSet[EpisodeGrader] = WeakSet()  # of episodes that run
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a new lane would do the same: no episode uses it, nothing runs in it, and its budget is full."""
+        return not self.graders and not self._lock.locked() and self.budget.is_full
 
     async def run(self, threads: ThreadPoolExecutor, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run `call` in a thread. The next call waits until it has ended, even if its caller is cancelled."""
@@ -115,11 +130,21 @@ class GraderPool:
         self.judge = judge or Judge(workers=WORKERS)
         self.quick = ThreadPoolExecutor(1, "reading")
         self.slow = ThreadPoolExecutor(SLOW_THREADS, "grading")
-        self._lanes: dict[str, TenantLane] = {}
+        self._lanes: OrderedDict[str, TenantLane] = OrderedDict()  # by tenant; callers without keys may be any tenant
 
     def grader(self, tenant: str) -> EpisodeGrader:
         """Return a grader for one of a tenant's episodes."""
+        self._forget_idle()
         return EpisodeGrader(self, self._lanes.setdefault(tenant, TenantLane()))
+
+    def _forget_idle(self) -> None:
+        """Drop those of the next few lanes that are idle, so that they do not pile up."""
+        for _ in range(min(LANES_LOOKED_AT, len(self._lanes))):
+            tenant, lane = next(iter(self._lanes.items()))
+            if lane.is_idle:
+                del self._lanes[tenant]
+            else:
+                self._lanes.move_to_end(tenant)
 
     async def close(self) -> None:
         """Stop running comparisons and the threads."""
@@ -133,6 +158,7 @@ class EpisodeGrader:
 
     def __init__(self, pool: GraderPool, lane: TenantLane) -> None:
         self._pool, self._lane = pool, lane
+        lane.graders.add(self)
         self._judge_budget, self._pattern_budget = TimeBudget(EPISODE_S), TimeBudget(EPISODE_S)
 
     async def read(self, text: str, kind: AnswerKind) -> Answer | None:

@@ -38,6 +38,15 @@ class UnappliedBeta:
         self._is_required = is_required
         self._logged: set[tuple[str, str]] = set()  # (model, reason)
 
+    @property
+    def models(self) -> set[str]:
+        """The models about which something was logged."""
+        return {model for model, _ in self._logged}
+
+    def forget(self, model: str) -> None:
+        """Forget a model that is served no longer."""
+        self._logged = {logged for logged in self._logged if logged[0] != model}
+
     def report(self, model: str, tts: TtsOptions, beta: EffectiveBeta | None, unserved: PassThroughReason) -> None:
         """Count a forwarded request whose β is not applied, and log the first for each model and reason.
 

@@ -127,6 +127,9 @@ class TemplateDrift:
         for model in models:
             await self._fingerprint(self._background, model)
         self._fingerprints = {model: self._fingerprints[model] for model in models}
+        self._checked_at = {model: self._checked_at[model] for model in models}
+        self._warned = {warned for warned in self._warned if warned.model in self._fingerprints}
+        self.changes = {model: changes for model, changes in self.changes.items() if model in self._fingerprints}
 
     async def _fingerprint(self, engine: Upstream, model: str) -> None:
         now, settings = time.monotonic(), self._settings

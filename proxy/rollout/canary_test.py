@@ -91,6 +91,12 @@ class CanaryTest:
         self._tests[CanaryMetric.FEEDBACK].observe(stage, float(not satisfied), model)
         return self.failure
 
+    def forget(self, model: str) -> None:
+        """Forget the unpaired values on a model that is served no longer. The evidence stays."""
+        self._units.pop(model, None)
+        for test in self._tests.values():
+            test.forget(model)
+
     @property
     def failure(self) -> CanaryFailure | None:
         """The evidence for a rollback, or None while it is not enough."""
@@ -160,6 +166,10 @@ class _PairedTest:
     def is_waiting(self, model: str) -> bool:
         """Return whether a model has an unpaired value."""
         return model in self._unpaired
+
+    def forget(self, model: str) -> None:
+        """Forget an unpaired value."""
+        self._unpaired.pop(model, None)
 
     def observe(self, stage: RolloutStage, value: float, model: str) -> None:
         """Record a request's value, and bet if the other stage has an unpaired one on the same model."""

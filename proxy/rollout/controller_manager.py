@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any, Final
@@ -32,7 +33,9 @@ from proxy.rollout.shadow import DecidedEpisode, compare_decisions
 from proxy.rollout.stages import ModelAssignments, RolloutStages
 from proxy.rollout.timed_controller import timed
 from proxy.settings import Settings
+from proxy.telemetry.label_sets import LabelSets
 from proxy.telemetry.metrics import Metrics, controller_label
+from proxy.telemetry.retirement import Retirement
 from proxy.types import ChosenController
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ STOPPED: Final = "the controller has been quarantined"
 """Error message for episodes whose controller is stopped."""
 SHADOWS: Final = 2
 """Maximum number of episodes that a shadow compares concurrently. Episodes beyond that are skipped."""
+_BUILT_IN: Final = tuple(map(Spec, BUILT_IN))
 
 
 class ControllerManager:
@@ -74,6 +78,9 @@ class ControllerManager:
         self._cost_test = CostTest(calibrations)
         self._shadow_tasks: set[asyncio.Task[None]] = set()
         self._registry_tasks: set[asyncio.Task[None]] = set()
+        self._label_sets = LabelSets(metrics, "controller")
+        self._retired_labels = Retirement(settings.retired_metrics_s)
+        self._retired_digests = Retirement(settings.retired_metrics_s)
 
     async def refresh(self) -> None:
         """Follow the registry, if it is in a folder and has changed."""
@@ -155,6 +162,40 @@ class ControllerManager:
         await asyncio.gather(*self._shadow_tasks, *self._registry_tasks, return_exceptions=True)
         await self.sandboxes.close()
 
+    # Retire
+
+    @contextmanager
+    def serving(self, spec: Spec) -> Iterator[None]:
+        """Keep a controller's metrics and other entries while a request uses it, whatever its stage is meanwhile."""
+        with self._retired_digests.hold(spec.digest), self._retired_labels.hold(controller_label(spec.name)):
+            yield
+
+    def forget_retired(self) -> None:
+        """Remove what is kept of controllers that no request has used and could use for `retired_metrics_s` seconds."""
+        specs = self._usable()
+        lasting = self.stages.current.quarantined  # until an operator lifts it in the registry
+        known = self._cost_test.digests.union(
+            self._failures.digests, self.sandboxes.digests, self.quarantined - lasting
+        )
+        for digest in self._retired_digests.retired(known, {spec.digest for spec in specs}):
+            self._cost_test.forget(digest)
+            self._failures.forget(digest)
+            self.sandboxes.forget(digest)
+            if digest not in lasting:
+                self.quarantined.discard(digest)
+        labels = {controller_label(spec.name) for spec in specs} | {""}  # empty for requests that none served
+        self._label_sets.remove(self._retired_labels.retired(self._label_sets.values(), labels))
+
+    def forget_model(self, model: str) -> None:
+        """Forget a model that is served no longer."""
+        for test in self._canary_tests.values():
+            test.forget(model)
+
+    def _usable(self) -> set[Spec]:
+        """Return the controllers that a request may name or get, and the shadows. Others may be pinned, as `asc@8`."""
+        configured = (self.default, *self._for_replies.values(), self._for_other_replies)
+        return _staged(self.stages.current).union(configured, self._shipped.values(), _BUILT_IN)
+
     # Observe
 
     def record_failure(self, spec: Spec, error: ControllerError) -> None:
@@ -212,28 +253,32 @@ class ControllerManager:
         if spec is None:
             return
         if len(self._shadow_tasks) >= SHADOWS:
-            self.metrics.shadow_agreement.labels(spec.name, "skipped").inc()
+            self.metrics.shadow_agreement.labels(controller_label(spec.name), "skipped").inc()
             return
         _start(self._shadow_tasks, self._compare_shadow(spec, episode))
 
     async def _compare_shadow(self, spec: Spec, episode: DecidedEpisode) -> None:
-        agreement = self.metrics.shadow_agreement
-        seconds = self.metrics.decision_seconds.labels(controller_label(spec.name))
+        with self.serving(spec):
+            await self._count_agreement(spec, episode)
+
+    async def _count_agreement(self, spec: Spec, episode: DecidedEpisode) -> None:
+        agreement, label = self.metrics.shadow_agreement, controller_label(spec.name)
+        seconds = self.metrics.decision_seconds.labels(label)
         try:
             async with self.sandboxes.controller(spec, episode.beta) as controller:
                 await compare_decisions(
                     timed(controller, seconds),
                     spec.signals,
                     episode,
-                    lambda agreed: agreement.labels(spec.name, str(agreed).lower()).inc(),
+                    lambda agreed: agreement.labels(label, str(agreed).lower()).inc(),
                 )
         except SandboxUnavailable:
             self.sandboxes.update_level()
         except MachineDisturbed as error:
-            agreement.labels(spec.name, "skipped").inc()
+            agreement.labels(label, "skipped").inc()
             logger.warning("shadow %s could not decide: %s", spec.name, error)
         except ControllerError as error:
-            agreement.labels(spec.name, "failed").inc()
+            agreement.labels(label, "failed").inc()
             logger.warning("shadow %s failed (%s): %s", spec.name, fallback_reason(error), error)
             self.record_failure(spec, error)
 
@@ -241,7 +286,7 @@ class ControllerManager:
 
     def _quarantine(self, spec: Spec, reason: str) -> None:
         self.quarantined.add(spec.digest)
-        self.metrics.quarantined.labels(spec.name).set(1)
+        self.metrics.quarantined.labels(controller_label(spec.name)).set(1)
         self.sandboxes.stop(spec.digest, STOPPED)
         now = self.stages.current
         staged = {each.digest for each in _foreign(now)} | now.installed
@@ -299,11 +344,15 @@ class ControllerManager:
 
     def _report_quarantined(self, now: ModelAssignments) -> None:
         """Set the metric of every installed controller. Files of several models may have the same name."""
-        staged = {spec for each in now for stage in RolloutStage if (spec := each.at(stage)) is not None}
-        installed = [spec for spec in staged if spec.is_foreign or spec.digest in now.installed]
-        failed = {spec.name for spec in installed if spec.digest in self.quarantined}
-        for spec in installed:
-            self.metrics.quarantined.labels(spec.name).set(spec.name in failed)
+        installed = [spec for spec in _staged(now) if spec.is_foreign or spec.digest in now.installed]
+        failed = {controller_label(spec.name) for spec in installed if spec.digest in self.quarantined}
+        for label in {controller_label(spec.name) for spec in installed}:
+            self.metrics.quarantined.labels(label).set(label in failed)
+
+
+def _staged(assignments: ModelAssignments) -> set[Spec]:
+    """Return the controllers at a stage of any model."""
+    return {spec for each in assignments for stage in RolloutStage if (spec := each.at(stage)) is not None}
 
 
 def _foreign(assignments: ModelAssignments) -> list[Spec]:

@@ -89,8 +89,13 @@ class CostTest:
         self._warned.add(spec.digest)
         return CostEvidence(process.e_value, process.bets, tokens / chain, allowed, is_proven)
 
+    @property
+    def digests(self) -> set[str]:
+        """The controllers on which there is evidence."""
+        return {*self._tenants, *self._warned}
+
     def forget(self, digest: str) -> None:
-        """Forget the evidence on a controller whose quarantine was lifted."""
+        """Forget the evidence on a controller whose quarantine was lifted, or that serves no longer."""
         self._tenants.pop(digest, None)
         self._warned.discard(digest)
 

@@ -41,8 +41,13 @@ class FailureCounter:
             return None
         return f"{FAILURES} failures in {now - failures[0]:.0f} s"
 
+    @property
+    def digests(self) -> list[str]:
+        """The controllers that have failed."""
+        return list(self._failures)
+
     def forget(self, digest: str) -> None:
-        """Forget the failures of a controller whose quarantine was lifted."""
+        """Forget the failures of a controller whose quarantine was lifted, or that serves no longer."""
         self._failures.pop(digest, None)
 
 

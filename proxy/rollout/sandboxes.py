@@ -11,12 +11,12 @@ from typing import Final
 
 from controllers import Controller, SandboxUnavailable
 from controllers.episode import RemoteController
-from controllers.loading import Spec, make
+from controllers.loading import Spec, make, unload
 from controllers.sandbox.controller import SandboxedController
 from controllers.sandbox.proof import Proof, SandboxLevel
 from controllers.sandbox.spawner import spawner
 from proxy.rollout.sandbox_pool import RETIRED, SandboxPool
-from proxy.telemetry.metrics import Metrics
+from proxy.telemetry.metrics import Metrics, controller_label
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ class Sandboxes:
         self._decision_s = decision_s
         self._allow_unsandboxed = allow_unsandboxed
         self._pools: dict[str, SandboxPool] = {}  # by a controller's digest
+        self._loaded: set[str] = set()  # digests of controllers from files that this process has run
+        self._closing: set[asyncio.Task[None]] = set()  # of pools whose controllers serve no longer
         self._closers = ThreadPoolExecutor(CLOSERS, thread_name_prefix="sandbox-end")
         self._proof = Proof()
 
@@ -75,6 +77,8 @@ class Sandboxes:
         if level is SandboxLevel.REFUSED:
             raise SandboxUnavailable(f"{spec.name}: controllers cannot be sandboxed here: {self.lacking}")
         if level is not SandboxLevel.SEALED:
+            if spec.is_foreign:
+                self._loaded.add(spec.digest)
             yield make(spec, beta)  # in this process
             return
         pool = self.pool(spec)
@@ -83,7 +87,7 @@ class Sandboxes:
             yield SandboxedController(sandbox, beta)
         finally:
             if sandbox.slow:
-                self._metrics.slow_decisions.labels(spec.name).inc(sandbox.slow)
+                self._metrics.slow_decisions.labels(controller_label(spec.name)).inc(sandbox.slow)
             pool.end(sandbox)
 
     def pool(self, spec: Spec) -> SandboxPool:
@@ -91,6 +95,22 @@ class Sandboxes:
         if spec.digest not in self._pools:
             self._pools[spec.digest] = SandboxPool(spec, RETIRED, self._decision_s, self._closers)
         return self._pools[spec.digest]
+
+    @property
+    def digests(self) -> set[str]:
+        """The controllers that have a pool, or whose file this process has run."""
+        return {*self._pools, *self._loaded}
+
+    def forget(self, digest: str) -> None:
+        """End the pool of a controller that serves no longer, with its threads. No episode may be using it."""
+        if digest in self._loaded:
+            self._loaded.discard(digest)
+            unload(digest)
+        if (pool := self._pools.pop(digest, None)) is not None:
+            pool.keep(RETIRED)
+            closing = asyncio.create_task(pool.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     def stop(self, digest: str, reason: str) -> None:
         """Kill the processes of a controller, also those of running episodes."""
@@ -110,4 +130,5 @@ class Sandboxes:
         for pool in self._pools.values():
             pool.stop("the server is shutting down")
             await pool.close()
+        await asyncio.gather(*self._closing)
         self._closers.shutdown(wait=False)

@@ -188,6 +188,7 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="seconds between checks of the registry for changes, which PostgreSQL also announces",
     )
+    retired_metrics_s: Seconds = Field(600, description="seconds that series of retired controllers and models stay")
 
     admin_key: SecretStr | None = Field(
         None,

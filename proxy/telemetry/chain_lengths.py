@@ -50,6 +50,16 @@ class ChainLengths:
         self._medians: dict[str, deque[float]] = {}
         self._warned: dict[str, int] = {}  # by model: the interval of the last warning
 
+    @property
+    def models(self) -> list[str]:
+        """The models of which lengths are known."""
+        return list(self._medians)
+
+    def forget(self, model: str) -> None:
+        """Forget a model that is served no longer."""
+        self._medians.pop(model, None)
+        self._warned.pop(model, None)
+
     def observe(self, model: str, interval: int, branches: Iterable[EpisodeBranch]) -> None:
         """Record an episode's branches. Warn once if the model's chains are too short for `interval`.
 

@@ -30,13 +30,13 @@ class MetricRow(Generic[M]):
         self._kind = kind
         self._name = name
         self._meaning = meaning
-        self._labels = labels
+        self.labels = labels
         self._options: dict[str, Any] = {} if buckets is None else {"buckets": buckets}
         self._initial = initial
 
     def create(self, registry: CollectorRegistry) -> M:
         """Return the metric, registered in `registry`."""
-        metric = self._kind(self._name, self._meaning, self._labels, registry=registry, **self._options)
+        metric = self._kind(self._name, self._meaning, self.labels, registry=registry, **self._options)
         for value in self._initial:
             metric.labels(value)
         return metric

@@ -1,6 +1,7 @@
 """Prometheus metrics. The class attributes of `Metrics` are the table of all metrics.
 
-Every label has few values: served models, controllers, the alias nearest to β, and fixed kinds.
+Every label has few values: served models, controllers, the alias nearest to β, and fixed kinds. Those of models and
+controllers that serve no longer are removed after a while (`retirement.py`).
 """
 
 from __future__ import annotations
@@ -351,14 +352,17 @@ class Metrics:
         for name, row in vars(Metrics).items():
             if isinstance(row, MetricRow):
                 self.__dict__[name] = row.create(self.registry)
-        self._children: dict[tuple[object, ...], Any] = {}
+        self.children: dict[tuple[object, ...], Any] = {}
 
     def child(self, metric: M, *values: str) -> M:
-        """Return a metric's child for label values, like `labels` but faster. It must never be removed."""
+        """Return a metric's child for label values, like `labels` but faster.
+
+        Only `LabelSets` removes it. Callers use it at once, because what is counted on a removed child is lost.
+        """
         key = (metric, *values)
-        child: M | None = self._children.get(key)
+        child: M | None = self.children.get(key)
         if child is None:
-            child = self._children[key] = metric.labels(*values)
+            child = self.children[key] = metric.labels(*values)
         return child
 
     @contextmanager

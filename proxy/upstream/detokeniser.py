@@ -34,6 +34,8 @@ LOOK_AHEAD: Final = 4
 """Minimum number of ids at a prompt's end that are looked up together."""
 MOST_LEARNT: Final = 4
 """Maximum concurrent lookups of ids, so that many requests that begin together do not flood the upstream."""
+MOST_SUFFIXES: Final = 1024
+"""Maximum number of texts whose ids are cached. Each model has a few."""
 _FOLLOWERS: Final = "aeimnrsty"
 """Letters that ordinary tokens often merge with. A special token never merges."""
 
@@ -73,6 +75,15 @@ class TokenEndings:
         if len(self._known) >= self._most:
             del self._known[next(iter(self._known))]
         self._known[model, token] = known
+
+
+class SuffixIds(dict[tuple[str, str], list[int]]):
+    """Token ids of the texts that the proxy appends, by model and text. A full one evicts its oldest entry."""
+
+    def __setitem__(self, key: tuple[str, str], ids: list[int]) -> None:
+        if len(self) >= MOST_SUFFIXES:
+            del self[next(iter(self))]
+        super().__setitem__(key, ids)
 
 
 class Tokeniser(Protocol):

@@ -198,3 +198,27 @@ def test_a_time_budget_refills() -> None:
     assert budget.left == 1
     now[0] = 1000
     assert budget.left == 10
+
+
+async def test_lanes_of_tenants_do_not_pile_up() -> None:
+    """Without keys, a caller may send any token, and so be any tenant."""
+    async for pool in graders(lambda one, other: EqualityResult(False, 1.0)):
+        for number in range(500):
+            await pool.grader(f"tenant {number}").read("x", PATTERN)
+        assert len(pool._lanes) <= 2
+
+
+async def test_a_lane_stays_while_an_episode_uses_it_and_until_its_budget_is_full() -> None:
+    async for pool in graders(lambda one, other: EqualityResult(False, 1.0)):
+        running, lane = pool.grader("running"), pool._lanes["running"]
+        await pool.grader("spender").compare("7", OTHERS)
+        spender = pool._lanes["spender"]
+        for number in range(20):
+            pool.grader(f"tenant {number}")
+        assert pool._lanes["running"] is lane
+        assert pool._lanes["spender"] is spender
+        del running
+        for number in range(20):
+            pool.grader(f"tenant {number}")
+        assert "running" not in pool._lanes
+        assert "spender" in pool._lanes

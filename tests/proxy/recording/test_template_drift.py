@@ -141,6 +141,18 @@ async def test_a_store_not_yet_created_is_not_warned_of(
     assert not [record for record in caplog.records if record.name == "proxy.recording.template_drift"]
 
 
+async def test_nothing_is_kept_of_models_that_are_gone(backend: FakeVLLM, tmp_path: Path) -> None:
+    settings = load(upstream=backend.url, store=tmp_path / "s.db", **SMALL)
+    async with upstream_session(settings) as session, Store.open(tmp_path / "s.db", create=True):
+        drift = TemplateDrift(UpstreamClient(backend.url, session), settings, Metrics())
+        for number in range(5):
+            backend.models = [f"model {number}"]
+            assert await drift._check()
+            drift._warned |= set(drift._fingerprints.values())
+        assert list(drift._fingerprints) == list(drift._checked_at) == list(drift.changes) == ["model 4"]
+        assert {warned.model for warned in drift._warned} == {"model 4"}
+
+
 async def test_drift_is_checked_again_after_upstream_failures(backend: FakeVLLM, path: Path) -> None:
     async with serving(backend, path) as proxy:
         await until(lambda: _compared(proxy))

@@ -22,7 +22,16 @@ from proxy.errors import UpstreamRefused
 from proxy.probe_templates import TEMPLATES, Family
 from proxy.types import EnvironmentLimits, Prompt
 from proxy.upstream.client import UpstreamClient
-from proxy.upstream.detokeniser import BROKEN, MOST_LEARNT, Detokeniser, Ending, TokenEndings, TokenInfo
+from proxy.upstream.detokeniser import (
+    BROKEN,
+    MOST_LEARNT,
+    MOST_SUFFIXES,
+    Detokeniser,
+    Ending,
+    SuffixIds,
+    TokenEndings,
+    TokenInfo,
+)
 from tests.dictated import MARK, MODEL, DictatedVLLM, byte_level, id_of, ids_of, sentence_piece
 from tests.fakes import log_probability
 
@@ -239,3 +248,12 @@ def test_the_cache_of_token_endings_is_bounded() -> None:
         endings.add(MODEL, token, TokenInfo("x", Ending.WHOLE))
     assert len(endings) == 3
     assert [endings.get(MODEL, token) is None for token in range(5)] == [True, True, False, False, False]
+
+
+def test_the_cache_of_suffixes_is_bounded() -> None:
+    suffixes = SuffixIds()
+    for number in range(MOST_SUFFIXES + 5):
+        suffixes[f"model {number}", "x"] = [number]
+    assert len(suffixes) == MOST_SUFFIXES
+    assert ("model 4", "x") not in suffixes
+    assert suffixes["model 5", "x"] == [5]
