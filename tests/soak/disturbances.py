@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import closing, suppress
 from datetime import UTC, datetime
-from itertools import count, repeat
+from itertools import count, islice, repeat
 from typing import Final
 
 import aiohttp
@@ -23,13 +23,27 @@ from discovery.errors import PromotionError
 from discovery.promotion.registry import ChangeCause
 from tests.faults.attack import attacks
 from tests.proxy.admission.test_api_keys import bearer
+from tests.soak.measurements import from_files, samples
 from tests.soak.stack import SoakStack
 
 Disturbance = Callable[[SoakStack, aiohttp.ClientSession], Awaitable[None]]
 HOSTILE: Final = ("loop", "memory_list", "crash_exit", "frame_garbage", "standard_flood", "loop_sleep", "frame_flood")
 CHAMPIONS: Final = ("self_consistency", "adaptive_consistency", "asc")
+BRIEF: Final = """
+from controllers import TO_END, answer, branch
+
+class Brief:
+    def __init__(self, beta):
+        self.beta = beta
+
+    def decide(self, state):
+        return [answer(state.leader())] if state.width else [branch(TO_END)]
+"""
+CANARIES: Final = 8
+"""Short-lived canaries of each cycle."""
 LASTS_S: Final = 4.0
 """Seconds that most disturbances last."""
+POLL_S: Final = 0.5
 _numbers = count()
 _dice = random.Random(5)
 
@@ -52,9 +66,28 @@ async def hostile_canary(stack: SoakStack, _: aiohttp.ClientSession) -> None:
     spec = Spec(f"hostile{next(_numbers)}", attacks()[name] + f"# {next(_numbers)}\n")
     card = {"name": spec.name, "digest": spec.digest}
     await asyncio.to_thread(stack.registry.install, spec, card, RolloutStage.CANARY, 0.5, _cause())
+    stack.installed += 1
     await asyncio.sleep(LASTS_S)
     with suppress(PromotionError):  # the proxy may have rolled it back
         await asyncio.to_thread(stack.registry.drop_canary, spec.digest, _cause())
+
+
+async def short_lived_canaries(stack: SoakStack, http: aiohttp.ClientSession) -> None:
+    """Let one controller after another be canary until it has served a request, or for a few seconds."""
+    for number in islice(_numbers, CANARIES):
+        spec = Spec(f"brief{number}", f"{BRIEF}# {number}\n")
+        card = {"name": spec.name, "digest": spec.digest}
+        await asyncio.to_thread(stack.registry.install, spec, card, RolloutStage.CANARY, 0.5, _cause())
+        stack.installed += 1
+        stack.brief["installed"] += 1
+        for _ in repeat(None, round(LASTS_S / POLL_S)):
+            served = [each for each in await samples(http, stack.url) if each.name == "autotts_stage_requests_total"]
+            if spec.name in from_files(served):
+                stack.brief["served"] += 1
+                break
+            await asyncio.sleep(POLL_S)  # the proxy announces nothing
+        with suppress(PromotionError):  # the proxy may have rolled it back
+            await asyncio.to_thread(stack.registry.drop_canary, spec.digest, _cause())
 
 
 async def hostile_shadow(stack: SoakStack, _: aiohttp.ClientSession) -> None:
@@ -62,6 +95,7 @@ async def hostile_shadow(stack: SoakStack, _: aiohttp.ClientSession) -> None:
     spec = Spec(f"hostile{next(_numbers)}", attacks()[_dice.choice(HOSTILE)] + f"# {next(_numbers)}\n")
     card = {"name": spec.name, "digest": spec.digest}
     await asyncio.to_thread(stack.registry.install, spec, card, RolloutStage.SHADOW, 0.0, _cause())
+    stack.installed += 1
     await asyncio.sleep(LASTS_S)
 
 
@@ -115,6 +149,7 @@ DISTURBANCES: Final[Mapping[str, Disturbance]] = {
     "promotion and rollback": promote_and_roll_back,
     "hostile canary": hostile_canary,
     "key reload": reload_keys,
+    "short-lived canaries": short_lived_canaries,
     "locked store": lock_store,
     "hostile shadow": hostile_shadow,
     "full disk": fill_store,

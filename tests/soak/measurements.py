@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -18,10 +19,14 @@ from urllib.parse import urlsplit
 
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
+from controllers.builtin import BUILT_IN
+from proxy.rollout.sandbox_pool import MAKERS
 from tests.bench.process_usage import descendants, resident_bytes
 from tests.bench.rows import percentile
 from tests.proxy.admission.test_api_keys import ROOT, bearer
+from tests.soak.server import MAKER
 
 HEALTH_EVERY_S: Final = 0.2
 CONTROL: Final = """
@@ -44,6 +49,10 @@ IDLE: Final = (
     *("autotts_recorder_queue", "autotts_recorder_spill_bytes"),
 )
 """Metrics that are 0 if nothing runs and everything is recorded."""
+SCRAPE_EVERY_S: Final = 1.0
+"""Seconds between two readings of counters, far less than the time for which retired ones are kept."""
+MOST_CONTROLLERS: Final = 2
+"""Controllers from files that metrics of the idle proxy may name: the shadow, and one more."""
 OWN_REQUESTS: Final = 2
 """Requests of the soak itself that may run at one count and not at the other. A leak grows beyond them."""
 
@@ -56,14 +65,19 @@ class IdleResources(NamedTuple):
     processes: int  # its own and those below it
     rss_mb: float
     reserved: int  # tokens and slots that no request holds any more
+    series: int  # samples of `/metrics`
+    controllers: int  # from files, that these name
 
     def growth(self, before: IdleResources) -> list[str]:
         """Return a line for each resource that grew; memory is compared over all cycles."""
         grown = []
         if self.descriptors > before.descriptors + OWN_REQUESTS:
             grown.append(f"{before.descriptors} -> {self.descriptors} descriptors")
-        if more := Counter(self.tasks) - Counter([*before.tasks, *OWN_REQUESTS * ["ResponseCycle.run_asgi"]]):
+        usual = [*before.tasks, *OWN_REQUESTS * ["ResponseCycle.run_asgi"], *MAKERS * [MAKER]]
+        if more := Counter(self.tasks) - Counter(usual):
             grown.append(f"more tasks: {dict(more)}")
+        if self.controllers > MOST_CONTROLLERS:
+            grown.append(f"metrics name {self.controllers} controllers from files, above {MOST_CONTROLLERS}")
         if self.processes > before.processes:
             grown.append(f"{before.processes} -> {self.processes} processes")
         return grown
@@ -72,11 +86,53 @@ class IdleResources(NamedTuple):
 async def metrics(http_session: aiohttp.ClientSession, url: str) -> dict[str, float]:
     """Return the sum of the samples of each metric."""
     sums: dict[str, float] = {}
-    async with http_session.get(f"{url}/metrics", headers=bearer(ROOT)) as response:
-        for family in text_string_to_metric_families(await response.text()):
-            for sample in family.samples:
-                sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+    for sample in await samples(http_session, url):
+        sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
     return sums
+
+
+async def samples(http_session: aiohttp.ClientSession, url: str) -> list[Sample]:
+    """Return all samples of the metrics."""
+    async with http_session.get(f"{url}/metrics", headers=bearer(ROOT)) as response:
+        families = list(text_string_to_metric_families(await response.text()))
+    return [sample for family in families for sample in family.samples]
+
+
+def from_files(found: Iterable[Sample]) -> set[str]:
+    """Return the controllers from files that samples name."""
+    names = {sample.labels["controller"] for sample in found if "controller" in sample.labels}
+    return names - {"", *BUILT_IN}
+
+
+class CounterTotals:
+    """Sums of counters as Prometheus knows them: a series that is removed keeps its last value, and may begin anew."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+        self._ended: Counter[str] = Counter()
+
+    def add(self, found: Iterable[Sample]) -> dict[str, float]:
+        """Take over the samples of one reading, and return the sums by name."""
+        for sample in found:
+            key = sample.name, frozenset(sample.labels.items())
+            last = self._last.get(key, 0.0)
+            if sample.value < last:
+                self._ended[sample.name] += last  # type: ignore[assignment]
+            self._last[key] = sample.value
+        sums = dict[str, float](self._ended)
+        for (name, _), value in self._last.items():
+            sums[name] = sums.get(name, 0.0) + value
+        return sums
+
+    async def read(self, http_session: aiohttp.ClientSession, url: str) -> dict[str, float]:
+        """Read the metrics, and return the sums by name."""
+        return self.add(await samples(http_session, url))
+
+    async def keep_reading(self, http_session: aiohttp.ClientSession, url: str) -> None:
+        """Read the metrics again and again, as Prometheus does, until this is cancelled."""
+        while True:
+            await self.read(http_session, url)
+            await asyncio.sleep(SCRAPE_EVERY_S)
 
 
 async def wait_until_idle(http_session: aiohttp.ClientSession, url: str, vllm: str) -> str:
@@ -115,12 +171,15 @@ async def idle_resources(
 async def _resources_now(http_session: aiohttp.ClientSession, url: str, pid: int, tasks: Path) -> IdleResources:
     async with http_session.get(f"{url}/v1/tts/keys", headers=bearer(ROOT)) as response:
         all_keys: dict[str, Any] = (await response.json())["all"]
+    found = await samples(http_session, url)
     return IdleResources(
         descriptors=len(os.listdir(f"/proc/{pid}/fd")),
         tasks=await asyncio.to_thread(_list_tasks, pid, tasks),
         processes=1 + len(list(descendants(pid))),
         rss_mb=resident_bytes(pid) / 2**20,
         reserved=sum(all_keys.get(name) or 0 for name in ("reserved", "passed", "episodes")),
+        series=len(found),
+        controllers=len(from_files(found)),
     )
 
 

@@ -19,16 +19,26 @@ import aiohttp
 
 from discovery.store import Store
 from discovery.store.records import utc_now
+from tests.bench.process_usage import resident_bytes
 from tests.proxy.environment.test_votable import STEPS_UNTIL_ABORTED
 from tests.soak.disturbances import DISTURBANCES, restart_vllm
-from tests.soak.measurements import HealthProbe, idle_resources, metrics, p99_ms, wait_until_idle
+from tests.soak.measurements import CounterTotals, HealthProbe, idle_resources, metrics, p99_ms, wait_until_idle
 from tests.soak.stack import SoakStack, running_stack
-from tests.soak.traffic import KINDS, Client, Tally
+from tests.soak.traffic import KINDS, WARM_UP, Client, Tally
 
 UPSTREAM_FAULTS: Final = 0.05
 """Share of the generation requests that the relay spoils."""
 WARM_UP_CYCLES: Final = 2
-"""Cycles after which memory, descriptors, tasks and processes may not grow."""
+WARM_UP_EPISODES: Final = 1600
+"""Cycles, and episodes in the store, after which memory, descriptors, tasks, processes and metrics may not grow.
+
+SQLite's page cache, 2 MB for a connection, grows until 800 to 1,600 episodes are stored. However long the soak is, the
+warm-up ends there, and the minutes of the soak begin.
+"""
+FILLERS: Final = 16
+"""Clients that fill the store at once."""
+LEAST_SERVED: Final = 0.75
+"""Share of the short-lived canaries that must have served a request. Otherwise a leak of theirs would not show."""
 MOST_GROWTH: Final = 0.05
 """Share by which memory may still grow."""
 MOST_HEALTH_MS: Final = 50.0
@@ -69,7 +79,7 @@ class SoakReport:
 
 
 async def soak(folder: Path, seconds: float, clients: int, dice: random.Random) -> SoakReport:
-    """Run for about so many seconds, at least four cycles."""
+    """Run for about so many seconds after the warm-up, at least two cycles."""
     report = SoakReport()
     async with running_stack(folder, dice) as stack:
         if not stack.has_small_disk:
@@ -104,7 +114,7 @@ async def _cycles(
 ) -> None:
     end, number, first = time.monotonic() + seconds, 0, None
     most_rss = 0.0
-    while number < WARM_UP_CYCLES + 2 or time.monotonic() < end:
+    while first is None or number < WARM_UP_CYCLES + 2 or time.monotonic() < end:
         number += 1
         restarts = number == WARM_UP_CYCLES + 1
         await _disturbed(stack, http, report, clients, dice, restarts)
@@ -112,20 +122,57 @@ async def _cycles(
         now = await idle_resources(http, stack.url, stack.pid, stack.tasks, first)
         report.say(
             f"cycle {number}: {now.descriptors} descriptors, {len(now.tasks)} tasks, {now.processes} processes, "
-            f"{now.rss_mb:.0f} MB, {now.reserved} reserved; {report.sent.total()} requests so far"
+            f"{now.rss_mb:.0f} MB, {now.reserved} reserved; {now.series} series name {now.controllers} of "
+            f"{stack.installed} controllers from files; {report.sent.total()} requests so far"
         )
         if now.reserved:
             report.faults.append(f"cycle {number}: {now.reserved} tokens or slots are held while nothing runs")
         if number == WARM_UP_CYCLES:
-            first = now
+            await _fill(stack, report, dice, seconds)
+            first = await idle_resources(http, stack.url, stack.pid, stack.tasks, now)
+            end = time.monotonic() + seconds
         elif first is not None:
             most_rss = max(most_rss, now.rss_mb)
             report.faults += [f"cycle {number}: {grown}" for grown in now.growth(first)]
     assert first is not None
     growth = most_rss / first.rss_mb - 1
+    installed, served = stack.brief["installed"], stack.brief["served"]
+    report.say(f"{served} of {installed} short-lived canaries served a request")
+    if served < LEAST_SERVED * installed:
+        report.faults.append(f"only {served} of {installed} short-lived canaries served a request")
     report.say(f"memory after warm-up: {first.rss_mb:.0f} MB, later at most {most_rss:.0f} MB ({growth:+.1%})")
     if growth > MOST_GROWTH:
         report.faults.append(f"memory grew by {growth:.1%}, above {MOST_GROWTH:.0%}")
+
+
+async def _fill(stack: SoakStack, report: SoakReport, dice: random.Random, seconds: float) -> None:
+    """Ask cheap requests until enough episodes are stored that SQLite's page cache is full."""
+    tally, is_over = Tally(), asyncio.Event()
+    async with aiohttp.ClientSession(connector=_connector()) as session:
+        clients = [Client(stack.url, session, random.Random(dice.random()), tally) for _ in range(FILLERS)]
+        asking = [asyncio.create_task(client.repeat(WARM_UP, is_over)) for client in clients]
+        said = stored = await asyncio.to_thread(_stored, stack.store)
+        while stored < WARM_UP_EPISODES:
+            await asyncio.sleep(0.5)
+            stored = await asyncio.to_thread(_stored, stack.store)
+            if stored >= said + 200:
+                said = stored
+                report.say(f"warm-up: {stored} episodes are stored, {resident_bytes(stack.pid) / 2**20:.0f} MB")
+        is_over.set()
+        await asyncio.gather(*asking)
+        if busy := await wait_until_idle(session, stack.url, stack.vllm.url):
+            report.faults.append(f"two minutes after the warm-up there was still: {busy}")
+    report.add(tally)
+    size = stack.store.stat().st_size / 2**20
+    report.say(
+        f"warm-up: ended after {WARM_UP_CYCLES} cycles and {stored} stored episodes ({size:.1f} MB); every run stores "
+        f"{WARM_UP_EPISODES} or more; the {seconds / 60:g} minutes begin now"
+    )
+
+
+def _stored(store: Path) -> int:
+    with closing(sqlite3.connect(store)) as connection:
+        return int(connection.execute("SELECT count(*) FROM episodes").fetchone()[0])
 
 
 async def _disturbed(
@@ -138,7 +185,9 @@ async def _disturbed(
 ) -> None:
     """Let clients ask while everything is disturbed, and compare the bills with vLLM's counters."""
     tally, is_over, began = Tally(), asyncio.Event(), utc_now()
-    before, generated = await metrics(http, stack.url), await metrics(http, stack.vllm.url)
+    totals = CounterTotals()
+    before, generated = await totals.read(http, stack.url), await metrics(http, stack.vllm.url)
+    reading = asyncio.create_task(totals.keep_reading(http, stack.url))
     stack.relay.share, checks = UPSTREAM_FAULTS, stack.relay.checks
     async with aiohttp.ClientSession(connector=_connector()) as session:
         asking = [
@@ -157,10 +206,14 @@ async def _disturbed(
     stack.relay.share = 0.0
     if busy := await wait_until_idle(http, stack.url, stack.vllm.url):
         report.faults.append(f"two minutes after the last request there was still: {busy}")
+    reading.cancel()
+    await asyncio.wait({reading})
+    if not reading.cancelled():
+        reading.result()
     report.add(tally)
     if restarts:
         return  # vLLM's counters began anew
-    after, now = await metrics(http, stack.url), await metrics(http, stack.vllm.url)
+    after, now = await totals.read(http, stack.url), await metrics(http, stack.vllm.url)
     unseen = _difference(after, before, "autotts_unseen_tokens_total")
     total = _difference(now, generated, "vllm:generation_tokens_total")
     billed = _difference(after, before, "autotts_tokens_total")
@@ -172,10 +225,11 @@ async def _disturbed(
         f"disturbed: billed {billed:.0f}, of which {answered} were read; vLLM generated {total:.0f}; "
         f"unseen at most {unseen:.0f}"
     )
-    if not billed - answered - own["read"] <= total <= billed + unseen + late:
+    if not billed - answered - own["read"] - tally.bounds <= total <= billed + unseen + late:
         report.faults.append(
             f"vLLM generated {total:.0f} tokens, and {billed:.0f} were billed ({answered} to {answered + own['read']} "
-            f"of them were read, not generated), with at most {unseen:.0f} + {late} unseen"
+            f"of them were read, not generated, and {tally.bounds} were bounds of requests without a reply), with "
+            f"at most {unseen:.0f} + {late} unseen"
         )
 
 

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ from tests.soak.relay import Relay
 from tests.soak.server import VARIABLE
 
 DISK_MB: Final = 64
+RETIRED_S: Final = 5.0
+"""Seconds for which the proxy keeps the metrics of controllers that serve no longer. By default it is ten minutes."""
 
 
 class SoakStack:
@@ -41,6 +44,8 @@ class SoakStack:
         self.url = ""
         self.pid = 0
         self.faults: list[str] = []  # that disturbances have noticed
+        self.installed = 0  # controllers from files that were canary or shadow for a while
+        self.brief = Counter[str]()  # short-lived canaries: those installed, and those that have served a request
 
     def write_keys(self, **more: str) -> None:
         """Write the key file, with further keys by name."""
@@ -65,6 +70,7 @@ class SoakStack:
             "spill": self.folder / "spill",
             "record_fraction": 0,
             "tokens_per_minute": 10**7,
+            "retired_metrics_s": RETIRED_S,
         }
         environment = {f"AUTOTTS_{name.upper()}": str(value) for name, value in variables.items()}
         kept = {name: value for name, value in os.environ.items() if not name.startswith("AUTOTTS_")}

@@ -9,12 +9,14 @@ from typing import Any
 
 import aiohttp
 import pytest
+from prometheus_client.samples import Sample
 
 from tests.fakes import MODEL, FakeVLLM
 from tests.faults.processes import until
-from tests.soak.measurements import HealthProbe, p99_ms
+from tests.soak.measurements import CounterTotals, HealthProbe, IdleResources, from_files, p99_ms
 from tests.soak.relay import FAULTS, Relay
 from tests.soak.run import SoakReport, tracebacks
+from tests.soak.server import MAKER
 from tests.soak.traffic import BAD, CHAT, Client, Kind, Tally, last_event
 
 ASKED = Kind("chat", CHAT, {})
@@ -50,6 +52,19 @@ def reply(total: int, key: str = "a") -> dict[str, Any]:
     return {"id": key, "usage": {"completion_tokens": 3}, "tts": {"tokens": {"total": total, "winner": 3}}}
 
 
+async def test_a_forwarded_request_without_a_whole_reply_counts_its_bound() -> None:
+    async with FakeVLLM().serve() as backend, aiohttp.ClientSession() as http:
+        relay, tally = Relay(backend.url, random.Random(1)), Tally()
+        async with relay.serve():
+            client = Client(relay.url, http, random.Random(1), tally)
+            await client.ask(Kind("passed through", CHAT, {"max_tokens": 80}))
+            assert tally.bounds == 0
+            await client.ask(Kind("passed through", CHAT, {"max_tokens": 80}), leave_after=0.0)
+            await client.ask(Kind("chat", CHAT, {"max_tokens": 60, "tts": {}}), leave_after=0.0)
+    assert tally.outcomes == {"answered": 1, "left": 2}
+    assert tally.bounds == 80
+
+
 def test_a_client_notices_wrong_bills_repeated_ids_and_errors_without_a_message() -> None:
     assert judged(200, reply(3)).bills == {"a": (3, 3)}
     assert "does not add up" in judged(200, reply(4)).faults[0]
@@ -82,6 +97,35 @@ def test_the_report_shows_the_error_of_a_traceback() -> None:
     log = f"INFO ready\nERROR failed\nTraceback (most recent call last):\n{frames}ValueError: 7\nINFO later\n"
     assert tracebacks(log) == [f"Traceback (most recent call last):\n{frames}ValueError: 7"]
     assert tracebacks("INFO ready\n") == []
+
+
+def sample(name: str, value: float, **labels: str) -> Sample:
+    return Sample(name, labels, value)
+
+
+def test_totals_keep_the_last_value_of_a_series_that_is_removed_or_begins_anew() -> None:
+    totals = CounterTotals()
+    assert totals.add([sample("tokens", 5, controller="a"), sample("tokens", 7, controller="b")]) == {"tokens": 12}
+    assert totals.add([sample("tokens", 8, controller="b")]) == {"tokens": 13}
+    assert totals.add([sample("tokens", 2, controller="a"), sample("tokens", 8, controller="b")]) == {"tokens": 15}
+    assert totals.add([sample("tokens", 3, controller="a")]) == {"tokens": 16}
+
+
+IDLE = IdleResources(31, ("HealthMonitor._repeat",), 4, 120.0, 0, 700, 1)
+
+
+def test_growth_is_noticed() -> None:
+    assert IDLE.growth(IDLE) == []
+    usual = (*IDLE.tasks, MAKER, MAKER)
+    assert IDLE._replace(descriptors=33, tasks=usual, controllers=2, series=900).growth(IDLE) == []
+    assert IDLE._replace(controllers=3).growth(IDLE) == ["metrics name 3 controllers from files, above 2"]
+    assert IDLE._replace(tasks=(*usual, MAKER)).growth(IDLE) == [f"more tasks: {{'{MAKER}': 1}}"]
+    assert IDLE._replace(processes=5).growth(IDLE) == ["4 -> 5 processes"]
+
+
+def test_controllers_from_files_are_those_that_are_not_built_in() -> None:
+    names = ("brief1", "asc", "", "brief1", "hostile2")
+    assert from_files(sample("tokens", 1, controller=name) for name in names) == {"brief1", "hostile2"}
 
 
 async def test_the_relay_passes_requests_on_and_spoils_its_share() -> None:

@@ -57,6 +57,8 @@ KINDS: Final[Sequence[Kind]] = (
     Kind("passed through stream", CHAT, {"max_tokens": 80, **STREAM}),
     Kind("prompt ids", "/v1/completions", {"tts": TTS, "n": 1, "max_tokens": 120}),
 )
+WARM_UP: Final = Kind("warm-up", CHAT, {"tts": {**TTS, "controller": "single"}, "max_tokens": 16})
+"""A cheap kind, with which the store is filled before memory is compared."""
 BAD: Final[Sequence[Kind]] = (
     Kind("not JSON", CHAT, {}, True, b'{"model": '),
     Kind("no messages", CHAT, {"messages": []}, True),
@@ -77,6 +79,7 @@ class Tally:
     statuses: Counter[int] = field(default_factory=Counter)
     bills: dict[str, tuple[int, int]] = field(default_factory=dict)  # total and completion tokens by request id
     passed: int = 0  # completion tokens of replies without a controller
+    bounds: int = 0  # of forwarded requests without a whole reply, which are billed by their bound
     faults: list[str] = field(default_factory=list)  # what no client may see
 
     @property
@@ -99,25 +102,39 @@ class Client:
         while not is_over.is_set():
             roll = self._dice.random()
             kind = self._dice.choice(BAD if roll < 0.1 else KINDS)
-            refused = self._tally.outcomes["refused"]
-            await self.ask(kind, leave_after=self._dice.uniform(0, 2) if 0.1 <= roll < 0.25 else None)
-            if not kind.bad and self._tally.outcomes["refused"] > refused:
-                await asyncio.sleep(BACK_OFF_S)
+            await self._ask_patiently(kind, self._dice.uniform(0, 2) if 0.1 <= roll < 0.25 else None)
+
+    async def repeat(self, kind: Kind, is_over: asyncio.Event) -> None:
+        """Send requests of one kind."""
+        while not is_over.is_set():
+            await self._ask_patiently(kind)
+
+    async def _ask_patiently(self, kind: Kind, leave_after: float | None = None) -> None:
+        """Send one request, and wait after a refusal that it did not deserve."""
+        refused = self._tally.outcomes["refused"]
+        await self.ask(kind, leave_after)
+        if not kind.bad and self._tally.outcomes["refused"] > refused:
+            await asyncio.sleep(BACK_OFF_S)
 
     async def ask(self, kind: Kind, leave_after: float | None = None) -> None:
         """Send one request and note its end; with `leave_after`, disconnect after so many seconds."""
         self._tally.sent[kind.name] += 1
+        outcome = await self._end_or_leave(kind, leave_after)
+        self._tally.outcomes[outcome] += 1
+        if outcome != "answered" and "tts" not in kind.fields:
+            self._tally.bounds += kind.fields.get("max_tokens", 0)
+
+    async def _end_or_leave(self, kind: Kind, leave_after: float | None) -> str:
         if leave_after is None:
-            self._tally.outcomes[await self._end(kind)] += 1
-            return
+            return await self._end(kind)
         request = asyncio.create_task(self._end(kind))
         await asyncio.wait({request}, timeout=leave_after)
         if not request.done():
             request.cancel()
         try:
-            self._tally.outcomes[await request] += 1
+            return await request
         except asyncio.CancelledError:
-            self._tally.outcomes["left"] += 1
+            return "left"
 
     async def _end(self, kind: Kind) -> str:
         try:
