@@ -242,9 +242,12 @@ async def test_the_access_log_has_the_cost_of_a_request_whose_client_disconnects
             return bool(access_lines(written))
 
         await until(is_logged)
+        async with aiohttp.ClientSession() as http, http.get(f"{url}/metrics") as response:
+            page = await response.text()
     (line,) = access_lines(written)
     assert line["status"] == (200 if stream else 499)
-    assert line["tokens"] > 0
+    (aborted,) = re.findall(r'autotts_tokens_total{.*kind="aborted".*} (\S+)', page)
+    assert line["tokens"] == float(aborted)
     assert (line["stop"], line["applied"], line["controller"], line["beta"]) == ("disconnected", "true", "cmc", 0.5)
 
 
