@@ -13,7 +13,7 @@
     {x}      = the number of items, then each item
     action   = one number: verb, branch, and intervals or label
     fact     = five numbers, the last its signals; its code is the number of facts sent before it. Those that recur are
-               sent once
+               sent once. Before an inverted number of facts, the process forgets all that it knows
     block, input, outcome = text
     text     = {code point}
 
@@ -55,6 +55,8 @@ NONE: Final = -1
 MAX_CACHED_ACTIONS: Final = 1 << 16
 """Most actions that are cached, in each direction."""
 
+MAX_KNOWN: Final = 1 << 17
+"""Facts after which a process forgets all. They take about 90 bytes each of the memory that the controller has too."""
 MAX_NUMBERED: Final = 1 << 12
 """Facts of smaller numbers are found by them."""
 
@@ -126,7 +128,8 @@ class FactCodes:
     """Codes of the facts sent to a process, by identity: most facts are interned and recur.
 
     Those that replay has numbered are found by their numbers, which takes half as long as by a dictionary. The end of a
-    branch is a fact of its own, which does not recur. It is forgotten once it has been sent.
+    branch is a fact of its own, which does not recur. It is forgotten once it has been sent. So are all facts once the
+    process knows MAX_KNOWN: with recorded costs of probes, every probe is a new fact.
     """
 
     def __init__(self) -> None:
@@ -134,8 +137,9 @@ class FactCodes:
         self._numbered: list[Fact | None] = []  # by number
         self._numbered_codes: list[int] = []
         self._kept: list[Fact] = []  # keeps facts alive, so that their ids are not reused
-        self._sent = 0
+        self._sent = 0  # since the process last forgot all facts
         self._new: list[int] = []
+        self._forgets = False  # with the next frame
 
     def codes_of(self, facts: Sequence[Fact]) -> list[int]:
         """Return the codes of `facts`. New facts are sent with the next frame."""
@@ -172,9 +176,16 @@ class FactCodes:
         return code
 
     def new_facts(self) -> list[int]:
-        """Return the facts that the process must get before their codes, as {fact}."""
+        """Return the facts that the process must get before the codes of this frame's turns, as {fact}."""
         new, self._new = self._new, []
-        return [len(new) // _FACT, *new]
+        count = len(new) // _FACT
+        numbers = [~count if self._forgets else count, *new]
+        self._forgets = self._sent >= MAX_KNOWN
+        if self._forgets:
+            self._sent = 0
+            for known in (self._codes, self._numbered, self._numbered_codes, self._kept):
+                known.clear()
+        return numbers
 
     def _encode(self, fact: Fact) -> None:
         label = NONE if fact.label is None else fact.label
@@ -188,7 +199,11 @@ class FactCodes:
 
 def decode_facts(numbers: list[int], at: int, facts: list[Fact]) -> int:
     """Append the {fact} at `at` to `facts`; return the position after it."""
-    end = at + 1 + _FACT * numbers[at]
+    count = numbers[at]
+    if count < 0:
+        facts.clear()
+        count = ~count
+    end = at + 1 + _FACT * count
     for first in range(at + 1, end, _FACT):
         branch, intervals, code = numbers[first], numbers[first + 1], numbers[first + 2]
         tokens, signals = numbers[first + 3], numbers[first + 4]
@@ -373,15 +388,6 @@ def decode_texts(numbers: Sequence[int], at: int, most: int, longest: int) -> tu
 def decode_complaint(reply: Sequence[int]) -> str:
     """Return the complaint about a file to load; empty if there is none. Raises BadFrame."""
     return decode_text(reply, 1, MAX_COMPLAINT_CHARS)[0]
-
-
-def decode_outcomes(reply: Sequence[int], count: int, longest: int) -> tuple[str, list[str]]:
-    """Return what is wrong with a function, and its `count` outcomes if nothing is. Raises BadFrame."""
-    problem, at = decode_text(reply, 1, MAX_COMPLAINT_CHARS)
-    outcomes, _ = decode_texts(reply, at, count, longest)
-    if not problem and len(outcomes) != count:
-        raise BadFrame(f"{len(outcomes)} outcomes of {count} calls")
-    return problem, [printable(outcome) for outcome in outcomes]
 
 
 def printable(text: str) -> str:

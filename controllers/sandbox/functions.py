@@ -14,6 +14,8 @@ from hashlib import blake2b
 from types import FunctionType
 from typing import Any, Final
 
+from controllers.sandbox.frames import MAX_COMPLAINT_CHARS, BadFrame, decode_text, decode_texts, printable
+
 RETURNED, RAISED = "=", "!"
 """First character of an outcome: a value as text, or the name of an exception's type."""
 MAX_TEXT: Final = 200
@@ -138,3 +140,12 @@ def _outcome(function: Callable[..., object], arguments: str) -> str:
     except BaseException as error:  # foreign code
         return f"{RAISED}{ascii(type(error).__name__)[1:-1][:MAX_TEXT]}"
     return f"{RETURNED}{short_text(value)}"
+
+
+def decode_outcomes(reply: Sequence[int], count: int, longest: int) -> tuple[str, list[str]]:
+    """Return what is wrong with a function, and its `count` outcomes if nothing is. Raises BadFrame."""
+    problem, at = decode_text(reply, 1, MAX_COMPLAINT_CHARS)
+    outcomes, _ = decode_texts(reply, at, count, longest)
+    if not problem and len(outcomes) != count:
+        raise BadFrame(f"{len(outcomes)} outcomes of {count} calls")
+    return problem, [printable(outcome) for outcome in outcomes]

@@ -18,7 +18,7 @@ from controllers.sandbox import frames
 from controllers.sandbox.deadline import HARD_S, SOFT_S, Clock, Deadline
 from controllers.sandbox.exit_reasons import explain_exit, explain_late
 from controllers.sandbox.frames import BadFrame, Decision
-from controllers.sandbox.functions import MAX_TEXT
+from controllers.sandbox.functions import MAX_TEXT, decode_outcomes
 from controllers.sandbox.polling import is_ready, wait_ready
 from controllers.sandbox.process_usage import ProcessUsageReader
 
@@ -136,7 +136,7 @@ class SandboxHandle:
         """
         about = [*frames.encode_text(name), *frames.encode_texts(blocks), *frames.encode_texts(inputs)]
         deadline = Deadline(self._meter, self.clock, self.hard_s)
-        parse = partial(frames.decode_outcomes, count=len(inputs), longest=2 * MAX_TEXT)
+        parse = partial(decode_outcomes, count=len(inputs), longest=2 * MAX_TEXT)
         problem, outcomes = self._wait(self._question(frames.CALL, about, deadline, parse))
         if problem:
             raise BadController(frames.printable(problem))

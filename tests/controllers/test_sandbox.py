@@ -154,6 +154,22 @@ def test_a_fact_twice_in_a_round_is_sent_once() -> None:
     assert codes.new_facts()[0] == 1
 
 
+def test_a_process_forgets_all_facts_once_it_knows_many() -> None:
+    codes, learnt, step = frames.FactCodes(), list[Fact](), Advanced(0, 1, 10, False)
+    most = resent = 0
+    for number in range(4 * frames.MAX_KNOWN // 1000):
+        round_ = Round([], [step, *(Probed(0, None, 1 + number % 40) for _ in range(999))])
+        turn = frames.encode_turn(3, [], round_, codes)
+        news = codes.new_facts()
+        resent += step not in learnt or news[0] < 0
+        assert frames.decode_facts(news, 0, learnt) == len(news)
+        assert frames.decode_turn(turn, 0, [], learnt)[1] == round_.facts
+        most = max(most, len(learnt))
+    assert most < frames.MAX_KNOWN + 1000
+    assert resent == 4
+    assert sys.getrefcount(step) < 10
+
+
 def test_facts_that_end_a_branch_are_not_kept_alive() -> None:
     codes, end, step = frames.FactCodes(), Advanced(0, 1, 10, True, 0), Advanced(0, 1, 10, False)
     before = [sys.getrefcount(fact) for fact in (end, step)]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from controllers.errors import BadController, BoundaryViolation
 from controllers.sandbox.deadline import Clock
-from controllers.sandbox.frames import BadFrame, decode_outcomes, decode_texts, encode_texts
-from controllers.sandbox.functions import MAX_TEXT, NotCallable, call_function, plain_text, short_text
+from controllers.sandbox.frames import BadFrame, decode_texts, encode_texts
+from controllers.sandbox.functions import MAX_TEXT, NotCallable, call_function, decode_outcomes, plain_text, short_text
 from controllers.sandbox.spawner import SandboxSpawner, spawner
 
 ONE = "((1,), {})"
