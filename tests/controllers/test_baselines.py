@@ -38,6 +38,19 @@ def play(
     return state, environment
 
 
+OPENED_FIRST = ("adaptive_consistency", "self_consistency", "asc", "esc", "cisc", "parallel_probe")
+FINISHED_FIRST = ("confident", "mars")
+
+
+@pytest.mark.parametrize("name", [*OPENED_FIRST, *FINISHED_FIRST])
+def test_a_tie_goes_to_the_branch_that_was_opened_or_that_finished_first(name: str) -> None:
+    tied = [chain("8" if i % 2 else "7", 60 if i % 2 else 200, mark=chr(97 + i % 26)) for i in range(64)]
+    state, environment = play(name, 1, tied)
+    assert sorted(state.votes.values()) == [32, 32]
+    assert state.stop is Stop.ANSWERED
+    assert answered(state, environment) == ("7" if name in OPENED_FIRST else "8")
+
+
 def answered(state: State, environment: ScriptedEnvironment) -> str | None:
     return None if state.answer is None else environment.labels.written(state.answer)
 
