@@ -57,7 +57,7 @@ from proxy.commands.loop.command import (
 )
 from proxy.commands.loop.progress import LoopPlan
 from proxy.commands.usage_errors import SettingsCommand, describe_bad_parameter
-from proxy.errors import ProxyError
+from proxy.errors import ProxyError, SettingsError
 from proxy.runtime import event_loop, freeze_objects
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ console = Console(stderr=True)
 
 
 class CommandGroup(TyperGroup):
-    """Command group that reports errors in one line."""
+    """Command group that reports each error in one line."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command. Errors of the project end it with status `BAD_INPUT`."""
@@ -84,6 +84,9 @@ class CommandGroup(TyperGroup):
             return super().invoke(ctx)
         except typer.BadParameter as error:
             self._print_error(describe_bad_parameter(error))
+        except SettingsError as error:
+            for problem in error.problems:
+                self._print_error(problem)
         except (ProxyError, DiscoveryError, ControllersError) as error:
             self._print_error(str(error))
         raise typer.Exit(BAD_INPUT)

@@ -1,7 +1,7 @@
 """Errors of the proxy, and their format for clients.
 
 ProxyError
-├── SettingsError              a setting is invalid
+├── SettingsError              settings are invalid
 ├── StartError                 the machine: a port is in use, or the embedded model does not start
 └── ApiError                   sent to the client: status, type, code, param
     ├── BadRequest             400, invalid request; also HeadTooLarge, TooSlow, TooLarge, UnsupportedMedia
@@ -42,7 +42,11 @@ class ProxyError(Exception):
 
 
 class SettingsError(ProxyError):
-    """A setting is invalid; the message names it."""
+    """Settings are invalid; the message names them."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
 
 
 class StartError(ProxyError):

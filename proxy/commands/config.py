@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from functools import wraps
+from functools import partial, wraps
 from inspect import Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Final, NamedTuple, ParamSpec
@@ -135,25 +135,40 @@ def check(
     sets: Sets = None,
     strict: Annotated[bool, typer.Option("--strict", help="exit with status 1 if there is a warning")] = False,
 ) -> None:
-    """Check whether `autotts serve` could start with these settings.
+    """Check whether `autotts serve` could start with these settings. Every problem is a line.
 
     Warnings are of unknown AUTOTTS_ variables, of files that other users can read, of a store that cannot be written
     to, and those that `autotts serve` logs as it starts, such as of limits that are too small.
     """
     from deploy.embedded import server
-    from proxy.admission.auth import check_host
+    from proxy.admission.auth import Authenticator, check_host
     from proxy.app import create_app
     from proxy.errors import SettingsError
-    from proxy.settings import DEFAULT, EMBEDDED_DEFAULT, Settings, find_file, unknown_variables
+    from proxy.settings import (
+        DEFAULT,
+        EMBEDDED_DEFAULT,
+        SERVED,
+        Settings,
+        find_file,
+        inspect,
+        problems_of,
+        unknown_variables,
+    )
     from proxy.settings.file_warnings import logged_warnings, secret_warnings, store_warnings
 
-    configured = gather(file, sets, given)
+    configured, problems = inspect(find_file(file), _given(sets, given), SERVED)
+    if configured is None:
+        raise SettingsError(*problems)
     settings = configured.settings
     if settings.upstream is None and (problem := server.problem()):
-        raise SettingsError(f"upstream: none is set, and the embedded model cannot start: {problem}")
-    check_host(settings)
+        problems.append(f"upstream: none is set, and the embedded model cannot start: {problem}")
+    served = settings if settings.upstream else settings.model_copy(update={"upstream": "http://embedded"})
     with logged_warnings() as logged:
-        create_app(settings if settings.upstream else settings.model_copy(update={"upstream": "http://embedded"}))
+        problems += problems_of(partial(check_host, settings), partial(create_app, served))
+        if problems:  # of those that the app raises, this is the first; one of the key file may follow
+            problems += problems_of(partial(Authenticator, settings))
+    if problems:
+        raise SettingsError(*dict.fromkeys(problems))
     console = wide_console()
     read = find_file(file)
     warnings = [*unknown_variables(), *secret_warnings(configured, read), *store_warnings(settings), *logged]
@@ -168,7 +183,14 @@ def check(
 
 def gather(file: Path | None, sets: list[str] | None, flags: Flags) -> Configured:
     """Return the settings that `autotts serve` uses. Raises SettingsError, and BadParameter for an invalid --set."""
-    from proxy.settings import PREFIX, SERVED, configure, find_file
+    from proxy.settings import SERVED, configure, find_file
+
+    return configure(find_file(file), _given(sets, flags), SERVED)
+
+
+def _given(sets: list[str] | None, flags: Flags) -> Flags:
+    """Return the settings on the command line. Raises BadParameter for an invalid --set."""
+    from proxy.settings import PREFIX
 
     given: dict[str, object] = {}
     for assignment in sets or ():
@@ -176,8 +198,7 @@ def gather(file: Path | None, sets: list[str] | None, flags: Flags) -> Configure
         if not equals:
             raise typer.BadParameter(f"--set {assignment}: write NAME=VALUE")
         given[name.strip().lower().replace("-", "_").removeprefix(PREFIX.lower())] = value
-    given |= {name: value for name, value in flags.items() if value is not None}
-    return configure(find_file(file), given, SERVED)
+    return given | {name: value for name, value in flags.items() if value is not None}
 
 
 def _rows(configured: Configured) -> Iterator[SettingRow]:

@@ -3,6 +3,7 @@
 Imported by every folder of the proxy above it. Imports spill paths, probe templates and errors.
 """
 
+from proxy.settings.checks import problems_of
 from proxy.settings.model import AwayPolicy, LogForm, Settings, StoreText, is_secret
 from proxy.settings.sources import (
     DEFAULT,
@@ -15,6 +16,7 @@ from proxy.settings.sources import (
     export_places,
     find_admin_key,
     find_file,
+    inspect,
     load,
     unknown_variables,
 )
@@ -38,8 +40,10 @@ __all__ = [
     "export_places",
     "find_admin_key",
     "find_file",
+    "inspect",
     "is_secret",
     "load",
     "parse_upstreams",
+    "problems_of",
     "unknown_variables",
 ]

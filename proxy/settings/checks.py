@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
@@ -23,10 +25,21 @@ REPLY_CONTROLLERS: Final = ("tools_controller", "json_controller", "select_contr
 """Settings of controllers for requests whose branches are whole replies of the upstream."""
 
 
-def check_all(settings: Settings) -> None:
-    """Run every check. Raises SettingsError, which begins with the name of the setting."""
-    for check in (check_controller, check_upstream, check_extras, check_store, check_files, check_spill_file):
-        check(settings)
+def find_problems(settings: Settings) -> list[str]:
+    """Run every check and return the problems, each of which begins with the name of the setting."""
+    checks = (check_controller, check_upstream, check_extras, check_store, check_files, check_spill_file)
+    return problems_of(*(partial(check, settings) for check in checks))
+
+
+def problems_of(*checks: Callable[[], object]) -> list[str]:
+    """Run checks that raise SettingsError and return all their problems."""
+    problems: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except SettingsError as error:
+            problems += error.problems
+    return problems
 
 
 def check_controller(settings: Settings) -> None:

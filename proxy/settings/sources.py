@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -68,11 +68,27 @@ def configure(file: Path | None, flags: Mapping[str, object], defaults: Mapping[
     """Return settings from `flags`, the environment, a TOML file and `defaults`. Earlier sources override later ones.
 
     A flag that is None was not given. `defaults` override the defaults of the model. Raises SettingsError, which names
-    the setting, its source and the problem.
+    for each problem the setting and its source.
+    """
+    configured, problems = inspect(file, flags, defaults)
+    if configured is None or problems:
+        raise SettingsError(*problems)
+    return configured
+
+
+def inspect(
+    file: Path | None, flags: Mapping[str, object], defaults: Mapping[str, object] = {}
+) -> tuple[Configured | None, list[str]]:
+    """Return the settings like `configure`, without unknown ones, and all problems. None if a value is invalid.
+
+    Raises SettingsError if the file cannot be read.
     """
     given = {name: value for name, value in flags.items() if value is not None}
-    _refuse_unknown(given, "")
-    in_file = {} if file is None else _read(file)
+    in_file = {} if file is None else _parse(file)
+    problems = [*_unknown(given, ""), *_unknown(in_file, f"{file}: ")]
+    given, in_file = (
+        {name: value for name, value in source.items() if name in Settings.model_fields} for source in (given, in_file)
+    )
     variables = {name.upper() for name, value in os.environ.items() if value}
     in_environment = {name for name in Settings.model_fields if PREFIX + name.upper() in variables}
     sources = dict.fromkeys(Settings.model_fields, DEFAULT)
@@ -83,7 +99,7 @@ def configure(file: Path | None, flags: Mapping[str, object], defaults: Mapping[
     try:
         settings = Settings(**{**in_file, **given})
     except ValidationError as error:
-        raise SettingsError(_one_line(error, sources)) from None
+        return None, [*problems, *_invalid(error, sources)]
     unset = {name: value for name, value in defaults.items() if sources[name] == DEFAULT}
     if settings.upstream is None:
         embedded = {name: value for name, value in EMBEDDED.items() if sources[name] == DEFAULT}
@@ -92,12 +108,10 @@ def configure(file: Path | None, flags: Mapping[str, object], defaults: Mapping[
     if not settings.record:
         unset["store"] = None
     settings = settings.model_copy(update=unset)
-    try:
-        checks.check_all(settings)
-    except SettingsError as error:
-        name, _, problem = str(error).partition(": ")
-        raise SettingsError(f"{_place((name,), sources)}: {problem}") from None
-    return Configured(settings, sources)
+    for line in checks.find_problems(settings):
+        name, _, problem = line.partition(": ")
+        problems.append(f"{_place((name,), sources)}: {problem}")
+    return Configured(settings, sources), problems
 
 
 def export_places() -> None:
@@ -146,30 +160,40 @@ def _variable(name: str) -> str | None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Return the settings in a TOML file. Raises SettingsError."""
+    """Return the settings in a TOML file. Raises SettingsError, also for unknown settings."""
+    in_file = _parse(file)
+    if problems := _unknown(in_file, f"{file}: "):
+        raise SettingsError(*problems)
+    return in_file
+
+
+def _parse(file: Path) -> dict[str, Any]:
+    """Return the content of a TOML file. Raises SettingsError."""
     try:
         with file.open("rb") as opened:
-            in_file = tomllib.load(opened)
+            return tomllib.load(opened)
     except OSError as error:
         raise SettingsError(f"{file}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         advice = 'lines are NAME = VALUE, with texts in quotes: beta = 0.5, model = "NAME"'
         raise SettingsError(f"{file}: {error}; {advice}") from None
-    _refuse_unknown(in_file, f"{file}: ")
-    return in_file
 
 
-def _refuse_unknown(given: Mapping[str, object], where: str) -> None:
+def _unknown(given: Iterable[str], where: str) -> list[str]:
+    """Return a problem for each name that is no setting; `where` is the beginning of each."""
+    lines = []
     for name in given:
         if name not in Settings.model_fields:
             hint = _hint(name.lower().removeprefix(PREFIX.lower()), Settings.model_fields)
-            raise SettingsError(f"{where}there is no setting {name!r}{hint}")
+            way = hint or "; `autotts config show` lists the settings"
+            lines.append(f"{where}there is no setting {name!r}{way}")
+    return lines
 
 
-def _one_line(error: ValidationError, sources: Mapping[str, str]) -> str:
-    return "; ".join(
+def _invalid(error: ValidationError, sources: Mapping[str, str]) -> list[str]:
+    return [
         _message(tuple(map(str, e["loc"])), _problem(e), e["input"], sources) for e in error.errors(include_url=False)
-    )
+    ]
 
 
 def _problem(error: ErrorDetails) -> str:

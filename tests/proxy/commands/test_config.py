@@ -11,8 +11,10 @@ from pathlib import Path
 from zlib import crc32
 
 import pytest
+from typer.testing import CliRunner
 
 from discovery.store.databases.places import parse_place
+from proxy.cli import app
 from proxy.commands.config import check, gather
 from proxy.errors import SettingsError
 from proxy.settings import SERVED, configure, find_file, is_secret, load
@@ -265,6 +267,39 @@ def test_config_check_reports_valid_settings_or_the_error(
     assert expected_text in (done.stderr if status else done.stdout)
     warning = "AUTOTTS_INTERVALL is not a setting and has no effect; did you mean AUTOTTS_INTERVAL?"
     assert (warning in done.stdout) is not bool(status)
+
+
+def test_config_check_shows_every_problem_with_a_way_out(tmp_path: Path) -> None:
+    file = toml(tmp_path, "intervall = 3\ninterval = 'many'\nbeta = 2\nrecord = 'maybe'\nfoo = 1")
+    done = CliRunner().invoke(app, ["config", "check", "--config", str(file), "--set", "prot=1"])
+    assert done.exit_code == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("autotts: ")]
+    assert lines == [
+        "autotts: there is no setting 'prot'; did you mean port?",
+        f"autotts: {file}: there is no setting 'intervall'; did you mean interval?",
+        f"autotts: {file}: there is no setting 'foo'; `autotts config show` lists the settings",
+        f"autotts: {file}: beta: it must be less than or equal to 1, not 2",
+        f"autotts: {file}: record: write true or false, not 'maybe'",
+        f"autotts: {file}: interval: write a whole number, not 'many'",
+    ]
+
+
+def test_config_check_runs_all_checks_of_valid_values(tmp_path: Path) -> None:
+    file = toml(tmp_path, "upstream = 'http://127.0.0.1:1'\ncontroller = 'foo'\nstore = 'none/s.db'\nfoo = 1")
+    flags = ["--set", "calibration=/nowhere.json", "--set", "keys=/nowhere.toml"]
+    done = CliRunner().invoke(app, ["config", "check", "--config", str(file), *flags])
+    assert done.exit_code == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("autotts: ")]
+    expected = [
+        f"{file}: there is no setting 'foo'",
+        f"{file}: controller: there is no controller 'foo'",
+        f"{file}: store: none/s.db: there is no folder",
+        "/nowhere.json",
+        "keys: /nowhere.toml: No such file or directory",
+    ]
+    assert len(lines) == len(expected), done.stderr
+    for line, part in zip(lines, expected, strict=True):
+        assert part in line
 
 
 @pytest.mark.parametrize(
