@@ -23,6 +23,7 @@ MODEL = "fake-model"
 EXPORTED = (
     "autotts_requests counter model controller outcome",
     "autotts_tokens counter model controller beta kind",
+    "autotts_key_tokens counter key kind",
     "autotts_branches counter model controller beta",
     "autotts_rounds counter model controller beta",
     "autotts_probe_answers counter model controller answered",
