@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
+from contextlib import suppress
 
 
 def exit_signals() -> tuple[signal.Signals, ...]:
@@ -12,3 +14,14 @@ def exit_signals() -> tuple[signal.Signals, ...]:
     """
     is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return (signal.SIGTERM,) if is_ignored else (signal.SIGTERM, signal.SIGHUP)
+
+
+def ignore_hangups() -> None:
+    """Ignore SIGHUP from now on, because the process is ending.
+
+    A terminal that closes sends it twice, by its shell and by the kernel, and systemd may send it right after SIGTERM.
+    The second must neither shorten the shutdown nor end the process before it has cleaned up.
+    """
+    with suppress(RuntimeError):  # no event loop runs
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)

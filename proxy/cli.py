@@ -37,7 +37,7 @@ from discovery.commands.registry import registry
 from discovery.commands.store import importing
 from discovery.commands.store import store as keeping
 from discovery.errors import DiscoveryError
-from discovery.exit_signals import exit_signals
+from discovery.exit_signals import exit_signals, ignore_hangups
 from proxy.commands.config import File, Flags, Sets, configuring, gather, with_flags
 from proxy.commands.forget import forget
 from proxy.commands.keys import keysmith
@@ -197,6 +197,7 @@ def main() -> None:
 
 
 def _exit_on_signal(number: int, _: FrameType | None) -> NoReturn:
+    ignore_hangups()
     raise SystemExit(128 + number)
 
 
@@ -211,8 +212,13 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
 
 async def _interruptible(work: Coroutine[Any, Any, None]) -> None:
     task = asyncio.ensure_future(work)
+
+    def end() -> None:
+        ignore_hangups()
+        task.cancel()
+
     for each in exit_signals():
-        asyncio.get_running_loop().add_signal_handler(each, task.cancel)
+        asyncio.get_running_loop().add_signal_handler(each, end)
     await task
 
 

@@ -14,7 +14,7 @@ from typing import Final
 
 import uvicorn
 
-from discovery.exit_signals import exit_signals
+from discovery.exit_signals import exit_signals, ignore_hangups
 from proxy.app import create_app
 from proxy.errors import StartError
 from proxy.http.connections import Connections, connection_capacity
@@ -78,12 +78,13 @@ class Server(uvicorn.Server):
             self._app.state.service.engine.reset()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Refuse new requests, wait for running ones and exit. A second signal exits at once."""
+        """Refuse new requests, wait for running ones and exit. A second signal exits at once, but for SIGHUP."""
         if self._draining is None:
             logger.info("%s: running requests have %g s to end", signal.Signals(sig).name, self._drain_s)
             self.gate.shut()
             self._draining = asyncio.get_running_loop().create_task(self._drain())
-        else:
+            ignore_hangups()
+        elif sig != signal.SIGHUP:  # one may have been under way
             self._draining.cancel()
             self.should_exit = True
 

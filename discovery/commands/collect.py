@@ -29,7 +29,7 @@ from discovery.commands.options import Address, LedgerPlace, check_cluster_optio
 from discovery.data.atomic_files import check_writable_path
 from discovery.data.questions import Question, collected_kind, read_questions
 from discovery.errors import CollectError
-from discovery.exit_signals import exit_signals
+from discovery.exit_signals import exit_signals, ignore_hangups
 from discovery.promotion.ledger import check_ledger
 from discovery.store import StorePlace
 from discovery.worker_pool import cores
@@ -234,8 +234,13 @@ async def _collect_judged(
 async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
     """Run `work`; SIGTERM and SIGHUP cancel it as orderly as an interrupt does."""
     task = asyncio.ensure_future(work)
+
+    def end() -> None:
+        ignore_hangups()
+        task.cancel()
+
     for each in exit_signals():
-        asyncio.get_running_loop().add_signal_handler(each, task.cancel)
+        asyncio.get_running_loop().add_signal_handler(each, end)
     return await task
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
-from discovery.exit_signals import exit_signals
+from discovery.exit_signals import exit_signals, ignore_hangups
 from proxy.errors import StartError
 from proxy.server import listen
 from proxy.settings import Settings
@@ -61,7 +61,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         signals = (signal.SIGINT, *exit_signals())
         for each in signals:
-            loop.add_signal_handler(each, self._stop)
+            loop.add_signal_handler(each, self._heed, each)
         with (
             listen(host, port, is_shared=True),
             TemporaryDirectory(prefix="autotts-workers-") as folder,  # only this user may enter it
@@ -82,8 +82,13 @@ class Supervisor:
             if worker.stdin is not None and not worker.stdin.is_closing():
                 worker.stdin.write(RESTARTED)
 
+    def _heed(self, sign: signal.Signals) -> None:
+        """Pass a signal on. The first lets running requests end. A second one does not, but for SIGHUP."""
+        if not self._is_stopping or sign != signal.SIGHUP:
+            ignore_hangups()
+            self._stop()
+
     def _stop(self) -> None:
-        """Pass a signal on. The first lets running requests end, a second one does not."""
         self._is_stopping = True
         self._stopping.set()
         for worker in self._workers.values():

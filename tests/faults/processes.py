@@ -160,3 +160,9 @@ def forking(folder: Path) -> Iterator[Forker]:
                     with suppress(ProcessLookupError):
                         os.kill(command_run.pid, signal.SIGKILL)
             process.communicate()
+
+
+def ignores_hangups(pid: int) -> bool:
+    """Return whether a process ignores SIGHUP."""
+    (mask,) = re.findall(r"^SigIgn:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (signal.SIGHUP - 1) & 1)

@@ -19,6 +19,7 @@ from discovery.store import Store
 from proxy.http.graceful_shutdown import ShutdownMiddleware
 from proxy.upstream.embedded import free_port
 from tests.fakes import MODEL, FakeVLLM
+from tests.faults.processes import ignores_hangups
 from tests.proxy.conftest import INTERVAL, backend
 from tests.proxy.recording.test_episode_log import until
 
@@ -228,6 +229,29 @@ async def test_a_second_signal_ends_the_shutdown_at_once(backend: FakeVLLM, tmp_
         served.process.send_signal(signal.SIGTERM)
         assert await served.end() == 0
         await asyncio.gather(asking, return_exceptions=True)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP])
+async def test_a_hangup_after_the_first_signal_shortens_no_shutdown(
+    backend: FakeVLLM, tmp_path: Path, sign: signal.Signals
+) -> None:
+    """A terminal that closes sends SIGHUP twice, by its shell and by the kernel, and systemd sends it after SIGTERM."""
+    async with serving(backend, tmp_path, AUTOTTS_DRAIN_S="2") as served:
+        backend.fault = "hang"
+        asking = asyncio.create_task(served.ask())
+        await backend.hanging.wait()
+        served.process.send_signal(sign)
+
+        async def draining() -> bool:
+            return await served.status("/ready") == 503
+
+        await until(draining)
+        served.process.send_signal(signal.SIGHUP)
+        assert ignores_hangups(served.process.pid)
+        status, _, reply = await asking
+        assert (status, reply["error"]["code"]) == (503, "draining")
+        assert await served.end() == 0
+    assert "requests were cancelled: they had not ended 2 s after the signal" in (tmp_path / "log").read_text()
 
 
 async def runs(backend: FakeVLLM) -> bool:

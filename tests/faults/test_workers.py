@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from discovery.store import Store
 from tests.fakes import MODEL, FakeVLLM
-from tests.faults.processes import Command, Forker, forking, until
+from tests.faults.processes import Command, Forker, forking, ignores_hangups, until
 from tests.postgres_server import PASSWORD, QUOTED_PASSWORD, running_server
 from tests.proxy.admission.test_api_keys import ALICE, ROOT, bearer
 from tests.proxy.admission.test_token_budget import keyed
@@ -197,6 +197,8 @@ async def test_a_signal_lets_the_requests_of_all_workers_end(
             async with http.get(f"{url}/ready") as response:
                 if response.status == 503:
                     break
+    assert ignores_hangups(command.pid)  # its shell and the kernel send one each when a terminal closes
+    os.kill(command.pid, signal.SIGHUP)
     backend.gate.set()
     assert [status for status, _ in await asyncio.gather(*tasks)] == [200] * 20
     assert await command.ended() == 0
