@@ -188,7 +188,7 @@ class RequestSlots:
         caller: Caller = request.state.caller
         tokens, source = request_limit(max_tokens, caller.key, caller.caps, self._common)
         share = None if tokens is None else max(1, tokens // count)
-        caps = EpisodeCaps(self.branch_cap(caller), share, f"the share of each of {count} prompts in {source}")
+        caps = EpisodeCaps(self.branch_cap(caller), share, f"the share of each of {count} prompts in {source}", count)
         return [await self._acquire_episode(request, caller, caps) for _ in range(count)]
 
     def token_bound(self, request: Request, parsed: GenerationRequest, model: Model) -> TokenBound:

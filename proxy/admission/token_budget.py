@@ -73,6 +73,7 @@ class EpisodeCaps(NamedTuple):
     branches: int
     tokens: int | None = None
     source: str = ""  # name of the setting or field that sets `tokens`, for error messages
+    prompts: int = 1  # among which the request shares its limit
 
     @property
     def share_source(self) -> str | None:

@@ -270,11 +270,16 @@ async def _limits(
     lengths = _lengths(settings, request, sizes, cap)
     if cap is not None and cap < lengths.least:
         least = _least_cap(settings, request, sizes, lengths.least)
-        is_clients = cap == request.tts.max_total_tokens
-        source = "tts.max_total_tokens" if is_clients else caps.source or "the server's limit AUTOTTS_MAX_TOTAL_TOKENS"
+        own, several = request.tts.max_total_tokens, caps.prompts > 1
+        is_clients = own is not None and cap == max(1, own // caps.prompts)
+        source = caps.source or "the server's limit AUTOTTS_MAX_TOTAL_TOKENS"
+        source = "tts.max_total_tokens" if is_clients and not several else source
         remedy = "raise it" if is_clients else "ask for shorter replies, or ask the operator to raise it"
+        remedy = "set tts.max_total_tokens" if own is None and caps.share_source is not None else remedy
+        needs = f"{'each' if several else 'this request'} needs at least {least} for one interval and its answer"
+        total = f", {caps.prompts * least} in all" if several else ""
         raise BadRequest(
-            f"{source} is {cap} tokens; this request needs at least {least} for one interval and its answer; {remedy}",
+            f"{source} is {cap} tokens; {needs}{total}; {remedy}",
             param="tts.max_total_tokens" if is_clients else None,
             code="cap_too_small",
         )

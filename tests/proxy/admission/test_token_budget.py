@@ -351,6 +351,7 @@ async def test_a_cap_too_small_for_one_interval_is_refused_and_its_setting_is_na
     error = reply["error"]
     assert (status, error["code"], error["param"]) == (400, "cap_too_small", param)
     assert error["message"].startswith(expected_text)
+    assert error["message"].endswith("; set tts.max_total_tokens") == ("quarter" in expected_text)
 
 
 async def test_a_key_over_its_tokens_per_minute_gets_429_with_retry_after(backend: FakeVLLM, tmp_path: Path) -> None:

@@ -130,6 +130,17 @@ async def test_a_token_cap_is_shared_evenly_among_prompts(proxy: Proxy) -> None:
     status, _, reply = await post(proxy, tts={"beta": 1, "max_total_tokens": 300})
     assert (status, reply["error"]["code"]) == (400, "cap_too_small")
     assert "the share of each of 3 prompts in tts.max_total_tokens is 100" in reply["error"]["message"]
+    assert reply["error"]["message"].endswith("; raise it")
+    assert reply["error"]["param"] == "tts.max_total_tokens"
+
+
+async def test_a_cap_that_is_too_small_for_several_prompts_names_one_that_suffices(proxy: Proxy) -> None:
+    _, _, reply = await post(proxy, tts={"beta": 1, "max_total_tokens": 300})
+    least = int(reply["error"]["message"].partition(" in all")[0].rpartition(" ")[2])
+    status, _, reply = await post(proxy, tts={"beta": 1, "max_total_tokens": least - 1})
+    assert (status, reply["error"]["code"]) == (400, "cap_too_small")
+    status, _, reply = await post(proxy, tts={"beta": 1, "max_total_tokens": least})
+    assert (status, len(reply["tts"]["prompts"])) == (200, 3)
 
 
 async def test_a_too_long_prompt_refuses_the_batch_before_any_is_served(proxy: Proxy) -> None:
