@@ -63,7 +63,11 @@ def summarise(stages: LoopStages) -> list[str]:
         f"{after['tokens'][0]:,.0f}."
     )
     outcomes = live_outcomes(stages)
-    lines.append(f"With 95 % confidence, all {len(outcomes)} predicted intervals hold at once.")
+    lines.append(
+        f"With 95 % confidence, all {len(outcomes)} predicted intervals hold at once."
+        if measured.get("predicted_jointly")
+        else f"Each of the {len(outcomes)} predicted intervals holds with 95 % confidence, but not all at once."
+    )
     for name, live in outcomes:
         predicted = LiveEstimate(*measured["predictions"][name])
         inside = "inside" if predicted.contains(live) else "OUTSIDE"

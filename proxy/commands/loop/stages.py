@@ -178,6 +178,7 @@ class LoopStages:
             "self_consistency": {"accuracy": target.accuracy, "tokens": target.mean("tokens")},
             "tokens_at_its_accuracy": tokens_at,
             "predictions": {name: list(interval) for name, interval in predictions.items()},
+            "predicted_jointly": True,  # missing if each interval holds by itself, as those of earlier versions do
         }
 
     async def _ask_before(self) -> dict[str, Any]:
