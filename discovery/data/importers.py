@@ -202,7 +202,7 @@ class RecordingLine(BaseModel):
     request: str = Field("", description="id of the request it was made for")
     confidence: float = Field(1.0, ge=0, le=1, description="in the reference answer")
     judged_wrong: bool = Field(
-        False, description="whether clients judged an answer wrong and the right one is unknown; without a reference"
+        False, description="whether clients judged an answer wrong and at most votes know the right one"
     )
     part: int | None = Field(None, ge=0, description="number of the only branch that the line holds")
 
@@ -220,7 +220,7 @@ class RecordingLine(BaseModel):
             raise ValueError("id is not the SHA-256 of question")
         if self.sampling.get("branch") == REPLY and any(branch.probes for branch in self.branches):
             raise ValueError("branches are whole replies (sampling.branch), which have no probes; leave probes empty")
-        if self.judged_wrong and self.reference is not None:
+        if self.judged_wrong and self.reference is not None and self.label_source != "consensus":
             raise ValueError("judged_wrong means that the right answer is unknown; leave it or reference out")
         if self.part is not None and len(self.branches) != 1:
             raise ValueError(f"{len(self.branches)} branches in a line that is part {self.part}")

@@ -130,7 +130,7 @@ class RecordedQuestion:
     chat_template: str = ""  # hash of a conversation rendered by the model's chat template; empty if unknown
     request: str = ""  # id of the request it was made for; empty unless live
     confidence: float = 1.0  # in the reference answer, from 0 to 1
-    judged_wrong: bool = False  # clients judged an answer to it wrong, and no reference is known
+    judged_wrong: bool = False  # clients judged an answer to it wrong; at most votes know the right one
 
     @property
     def cell(self) -> Cell:

@@ -324,9 +324,11 @@ def _graded(
     known = [item for item in recorded if item.complete and item.reference is not None]
     if not known:
         raise RecordingsNotFound(f"{name}: none of {len(recorded)} recordings is complete and has a reference answer")
-    judged_wrong = len({item.question for item in recorded if item.complete and item.judged_wrong})
+    unknown = (item for item in recorded if item.reference is None or _weight(item, weights) <= 0)
+    judged_wrong = len({item.question for item in unknown if item.complete and item.judged_wrong})
     counted = unselected_sources(judged_wrong)
-    chosen = {item.question: item.label_source for item in known if item.label_source not in counted}
+    would_count = [item for item in known if _weight(item, weights) > 0]
+    chosen = {item.question: item.label_source for item in would_count if item.label_source not in counted}
     selected = SelectedByOutcome(judged_wrong, Counter(chosen.values()))
     if chosen:
         why = f"{name}: questions judged wrong whose right answer is unknown: {judged_wrong:,}; {SELECTED_BY_OUTCOME}"

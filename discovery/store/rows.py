@@ -260,7 +260,7 @@ def recording_from_rows(
         chat_template=chat_template,
         request=request,
         confidence=confidence,
-        judged_wrong=judged_wrong and reference is None,
+        judged_wrong=judged_wrong and (reference is None or label_source == LabelSource.CONSENSUS),
     )
     check_replayable(made)
     return made

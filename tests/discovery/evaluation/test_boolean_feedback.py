@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from discovery.data.importers import format_recording_line, read_jsonl
 from discovery.data.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split, question_id
 from discovery.errors import BadRecording, RecordingsNotFound
-from discovery.evaluation.evaluate import read_scorable
+from discovery.evaluation.evaluate import DEFAULT_WEIGHTS, read_scorable
 from discovery.evaluation.reference_answers import update_labels
 from discovery.evaluation.scores import SelectedByOutcome
 from discovery.evaluation.sources import StoreSource
@@ -46,7 +46,9 @@ def said(request: str, value: Any, second: int = 0) -> Feedback:
     return Feedback(f"{request} {second}", request, kind, json.dumps(value), f"2026-01-01T00:00:{second:02}")
 
 
-def store(place: Path, *texts: str, more: tuple[Feedback | ServedEpisode, ...] = ()) -> StoreSource:
+def store(
+    place: Path, *texts: str, more: tuple[Feedback | ServedEpisode | RecordedQuestion, ...] = (), min_margin: float = 1
+) -> StoreSource:
     """Make a store of these questions with their feedback, label it and return it as a source."""
 
     async def fill() -> None:
@@ -54,7 +56,7 @@ def store(place: Path, *texts: str, more: tuple[Feedback | ServedEpisode, ...] =
             await opened.add_all([*map(episode, texts), *map(recorded, texts)])
             await opened.add_all([said(f"r {text}", FEEDBACK[text]) for text in texts if text in FEEDBACK])
             await opened.add_all(more)
-            await update_labels(opened, min_margin=1)
+            await update_labels(opened, min_margin=min_margin)
 
     asyncio.run(fill())
     return StoreSource(place)
@@ -99,6 +101,22 @@ def test_another_request_of_the_question_judges_it_too(tmp_path: Path) -> None:
         RecordingsNotFound, match='Send the right answer as feedback \\("answer"\\), or give references'
     ):
         sources(source)
+
+
+def test_votes_that_do_not_count_leave_a_question_judged_wrong(tmp_path: Path) -> None:
+    voted = replace(recorded(WRONG), branches=[RecordedBranch(["8"], 150, "8")] * 4)
+    judged = episode(WRONG), said(f"r {WRONG}", False)
+    source = store(tmp_path / "s.db", REFERENCED, RIGHT, more=(voted, *judged), min_margin=0.5)
+    (loaded,) = (one for one in source.load(CELL) if one.question == question_id(WRONG))
+    assert (loaded.reference, loaded.label_source, loaded.judged_wrong) == ("8", LabelSource.CONSENSUS, True)
+    scorable = read_scorable(source, CELL)
+    assert [one.question for one in scorable.recordings] == [question_id(REFERENCED)]
+    assert scorable.selected == SelectedByOutcome(1, {LabelSource.FEEDBACK: 1})
+    counting = read_scorable(source, CELL, {**DEFAULT_WEIGHTS, LabelSource.CONSENSUS: None})
+    assert len(counting.recordings) == 3
+    assert counting.selected == SelectedByOutcome()
+    (tmp_path / "x.jsonl").write_text("".join(map(format_recording_line, source.load(CELL))))
+    assert read_jsonl(tmp_path / "x.jsonl") == source.load(CELL)
 
 
 def test_an_export_keeps_which_questions_were_judged_wrong(tmp_path: Path) -> None:
