@@ -100,6 +100,7 @@ class EmbeddedServer:
                     stdout=log,
                     stderr=log,
                     env=_environment(self._folder),
+                    start_new_session=True,  # signals of a terminal come only through the proxy
                 )
         except OSError as error:
             self._remove_folder()

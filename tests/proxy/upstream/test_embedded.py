@@ -57,6 +57,13 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
+async def test_signals_of_a_terminal_reach_the_server_only_through_the_proxy() -> None:
+    """Otherwise ctrl-C or a closed terminal would end it at once, under the requests that the proxy lets end."""
+    async with stand_in(SERVER) as server:
+        assert server.pid is not None
+        assert os.getsid(server.pid) == server.pid != os.getsid(0)
+
+
 @pytest.mark.process
 async def test_the_server_runs_as_long_as_its_context() -> None:
     async with stand_in(SERVER) as server:
