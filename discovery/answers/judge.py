@@ -163,6 +163,7 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             env={},
             bufsize=0,
+            process_group=0,  # signals that a terminal sends to the owner's group do not reach it
         )
 
     def start(self, seconds: float) -> bool:

@@ -33,6 +33,14 @@ def test_after_a_killed_comparison_a_spare_process_takes_the_next_one() -> None:
         assert judge.compare(r"\frac{2}{4}", r"\frac12").seconds == 0
 
 
+def test_signals_of_a_terminal_do_not_reach_the_processes() -> None:
+    with Judge(workers=1) as judge:
+        assert judge.same("1+x", "x+1")
+        process = judge._workers[0]._process
+        assert process is not None
+        assert os.getpgid(process.pid) == process.pid != os.getpgid(0)
+
+
 def test_waiting_for_a_free_process_ends_after_the_given_time() -> None:
     with Judge(seconds=30) as judge:
         assert judge.same("1+x", "x+1")
