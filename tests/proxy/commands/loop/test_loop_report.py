@@ -11,7 +11,7 @@ from proxy.commands.loop.progress import LoopPlan, LoopProgress
 from proxy.commands.loop.report import summarise
 from proxy.commands.loop.stages import LoopStages
 
-NAMES = [f"{figure} {what}" for figure in ("accuracy", "tokens") for what in ("before", "after")]
+NAMES = [f"{figure} {what}" for figure in ("accuracy", "tokens") for what in ("before", "after", "gained", "added")]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_the_summary_tells_joint_intervals_from_those_of_earlier_versions(
         "measure": {
             "self_consistency": {"accuracy": 60.0, "tokens": 100.0},
             "tokens_at_its_accuracy": {"found": 70.0},
-            "predictions": dict.fromkeys([*NAMES, "accuracy gained", "tokens added"], [0.0, -9.0, 99.0]),
+            "predictions": {name: [0.0, -9.0, 99.0] for name in NAMES},
             **jointly,
         },
         "before": live,
@@ -41,6 +41,6 @@ def test_the_summary_tells_joint_intervals_from_those_of_earlier_versions(
     progress.save("gate", [])
     for stage, result in results.items():
         progress.save(stage, result)
-    lines = summarise(LoopStages(LoopProgress.open(tmp_path / "loop", LoopPlan()), str))
+    lines = summarise(LoopStages(LoopProgress.open(tmp_path / "loop", LoopPlan()), lambda _: None))
     assert [line for line in lines if "predicted intervals" in line] == [promise]
     assert sum("(inside)" in line for line in lines) == 6
