@@ -229,7 +229,7 @@ class Settings(BaseSettings):
     cache_secret: SecretStr | None = Field(
         None,
         description="secret from which each tenant's salt of the upstream's prefix cache is derived; use the same for "
-        "all replicas; drawn at start if not set",
+        "all proxies; drawn at start if not set",
     )
 
     tokens_per_minute: Tokens | None = Field(None, description="tokens per minute over all requests")

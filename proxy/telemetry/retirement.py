@@ -6,11 +6,14 @@ Without this, every controller and model that ever served would take memory for 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final
+
+logger = logging.getLogger(__name__)
 
 LOOKS: Final = 4
 """Looks for retired keys in the time for which they are kept."""
@@ -52,7 +55,7 @@ class Retirement:
 
 
 class RetirementTask:
-    """Task that calls functions again and again. Each removes what is retired; `keep_s` is how long that is kept."""
+    """Task that calls functions again and again, also after one fails. Each removes what is retired; `keep_s` is how long that is kept."""
 
     def __init__(self, keep_s: float, *removals: Callable[[], None]) -> None:
         self._wait_s = max(LEAST_WAIT_S, min(MOST_WAIT_S, keep_s / LOOKS))
@@ -73,4 +76,7 @@ class RetirementTask:
         while True:
             await asyncio.sleep(self._wait_s)
             for remove in self._removals:
-                remove()
+                try:
+                    remove()
+                except Exception:  # memory grows slowly without it, and the others still help
+                    logger.exception("cannot remove what serves no longer")

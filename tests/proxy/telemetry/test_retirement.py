@@ -125,3 +125,21 @@ async def test_the_task_looks_again_and_again(monkeypatch: pytest.MonkeyPatch) -
     await looks.get()
     await looks.get()
     await task.close()
+
+
+async def test_a_removal_that_fails_is_logged_and_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(retirement, "LEAST_WAIT_S", 0.0)
+    looks: asyncio.Queue[None] = asyncio.Queue()
+
+    def fail() -> None:
+        raise ValueError("faulty")
+
+    task = RetirementTask(0.001, fail, lambda: looks.put_nowait(None))
+    task.open()
+    await looks.get()
+    await looks.get()
+    await task.close()
+    assert "cannot remove what serves no longer" in caplog.text
+    assert "ValueError: faulty" in caplog.text
