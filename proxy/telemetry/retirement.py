@@ -55,7 +55,10 @@ class Retirement:
 
 
 class RetirementTask:
-    """Task that calls functions again and again, also after one fails. Each removes what is retired; `keep_s` is how long that is kept."""
+    """Task that calls functions again and again, also after one has failed.
+
+    Each removes what is retired; `keep_s` is how long that is kept.
+    """
 
     def __init__(self, keep_s: float, *removals: Callable[[], None]) -> None:
         self._wait_s = max(LEAST_WAIT_S, min(MOST_WAIT_S, keep_s / LOOKS))

@@ -57,7 +57,7 @@ def _trace() -> None:
 
 @trace.command()
 def show(
-    path: Annotated[Path, typer.Argument(help="trace file, folder of trace files, or id of a served request (the client's too)")],
+    path: Annotated[Path, typer.Argument(help="trace file, folder of trace files, or a request id, the client's too")],
     question: Annotated[
         int | None, typer.Option(min=0, help="position of the question in its benchmark (default: list all questions)")
     ] = None,
