@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Coroutine
 from contextlib import suppress
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def exit_signals() -> tuple[signal.Signals, ...]:
@@ -25,3 +29,16 @@ def ignore_hangups() -> None:
     with suppress(RuntimeError):  # no event loop runs
         asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+async def run_interruptibly(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work`. A signal that ends the command cancels it in as orderly a way as an interrupt does."""
+    task = asyncio.ensure_future(work)
+
+    def end() -> None:
+        ignore_hangups()
+        task.cancel()
+
+    for each in exit_signals():
+        asyncio.get_running_loop().add_signal_handler(each, end)
+    return await task

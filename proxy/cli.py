@@ -37,7 +37,7 @@ from discovery.commands.registry import registry
 from discovery.commands.store import importing
 from discovery.commands.store import store as keeping
 from discovery.errors import DiscoveryError
-from discovery.exit_signals import exit_signals, ignore_hangups
+from discovery.exit_signals import exit_signals, ignore_hangups, run_interruptibly
 from proxy.commands.config import File, Flags, Sets, configuring, gather, with_flags
 from proxy.commands.forget import forget
 from proxy.commands.keys import keysmith
@@ -205,21 +205,9 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
     """Run `work` on an event loop. SIGTERM and SIGHUP cancel it as an interrupt does."""
     try:
         with asyncio.Runner(loop_factory=event_loop()) as runner:
-            runner.run(_interruptible(work))
+            runner.run(run_interruptibly(work))
     except (KeyboardInterrupt, asyncio.CancelledError):
         raise typer.Exit(130) from None
-
-
-async def _interruptible(work: Coroutine[Any, Any, None]) -> None:
-    task = asyncio.ensure_future(work)
-
-    def end() -> None:
-        ignore_hangups()
-        task.cancel()
-
-    for each in exit_signals():
-        asyncio.get_running_loop().add_signal_handler(each, end)
-    await task
 
 
 async def _serve(settings: Settings) -> None:

@@ -10,7 +10,7 @@ from datetime import timedelta
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -29,7 +29,7 @@ from discovery.commands.options import Address, LedgerPlace, check_cluster_optio
 from discovery.data.atomic_files import check_writable_path
 from discovery.data.questions import Question, collected_kind, read_questions
 from discovery.errors import CollectError
-from discovery.exit_signals import exit_signals, ignore_hangups
+from discovery.exit_signals import run_interruptibly
 from discovery.promotion.ledger import check_ledger
 from discovery.store import StorePlace
 from discovery.worker_pool import cores
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from discovery.data.collection_client import Send
     from discovery.data.collection_plan import CollectionPlan
     from discovery.promotion.verdict import GateReport
-
-T = TypeVar("T")
 
 SKIPPED: Final = 1
 """Exit status if branches were skipped after errors."""
@@ -154,7 +152,7 @@ def collect_command(
             else _collect_judged(collect_all, judgement, judgeable_questions(question_list), print_line)
         )
         try:
-            progress = asyncio.run(_interruptible(work))
+            progress = asyncio.run(run_interruptibly(work))
         except (KeyboardInterrupt, asyncio.CancelledError):
             progress = None
     if progress is None:
@@ -229,19 +227,6 @@ async def _collect_judged(
     progress, report = await collect_until_decided(collect_all, judgement.look, questions, on_look)
     print_line(f"{report.name} against {report.champion}: {report.verdict}")
     return progress
-
-
-async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
-    """Run `work`; SIGTERM and SIGHUP cancel it as orderly as an interrupt does."""
-    task = asyncio.ensure_future(work)
-
-    def end() -> None:
-        ignore_hangups()
-        task.cancel()
-
-    for each in exit_signals():
-        asyncio.get_running_loop().add_signal_handler(each, end)
-    return await task
 
 
 def _spent(progress: CollectionProgress, usd_per_million: float | None) -> str:

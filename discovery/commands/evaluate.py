@@ -252,9 +252,7 @@ def _where(score: Score) -> str:
 
 
 def _grading(scored: Sequence[Score]) -> Mapping[Cell, str]:
-    """Describe by cell how answers are compared, where correct answers come from if not all are references, and which
-    questions are left out as chosen by their outcome.
-    """
+    """Describe by cell how answers are compared, where right ones come from, and which questions are left out."""
     texts: dict[Cell, str] = {}
     for score in scored:
         if score.grading is None:

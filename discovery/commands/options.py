@@ -25,15 +25,6 @@ STORE_VARIABLE: Final = "AUTOTTS_STORE"
 STDOUT: Final = "-"
 """Value of `--json` that selects standard output."""
 
-
-def user_name() -> str:
-    """Return the name of the user who runs the command, for audits and ledgers."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # containers may run as a number without a name
-        return "unknown"
-
-
 Who = Annotated[str | None, typer.Option(help="name for the audit log (default: the user's)")]
 
 if TYPE_CHECKING:
@@ -147,6 +138,14 @@ def parse_shown_signals(text: str) -> frozenset[Signal]:
         return parse_signals(split_names(text))
     except ValueError as error:
         raise typer.BadParameter(f"--signals: {error}, and all and none") from None
+
+
+def user_name() -> str:
+    """Return the name of the user who runs the command, for audits and ledgers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # containers may run as a number without a name
+        return "unknown"
 
 
 def check_cluster_options(engine: StrEnum, address: str | None, workers: int | None) -> None:

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 
 from discovery.data.atomic_files import atomic_write, json_object
 from discovery.data.recordings import Cell
-from discovery.evaluation.afs import CurvePoint
+from discovery.evaluation.afs import mean_curve
 from discovery.evaluation.paired_statistics import (
     ONE_SIDED,
     bootstrap_bounds,
@@ -346,20 +346,12 @@ def _headlines(finalist: ControllerScores, champion: ControllerScores, beta: flo
 
 def _same_cost_beta(finalist: ControllerScores, champion: ControllerScores, beta: float) -> float | None:
     """Return the smallest β at which the finalist spends the champion's mean tokens at `beta`; None if at none."""
-    own, theirs = (
-        [(row[0].beta, float(np.mean([point.tokens for point in row]))) for row in _rows(side)]
-        for side in (finalist, champion)
-    )
-    (wanted,) = (tokens for at, tokens in theirs if at == beta)
-    for (start, low), (end, high) in pairwise(own):
+    own, theirs = (mean_curve([*side.curves.values()]) for side in (finalist, champion))
+    (wanted,) = (tokens for at, tokens, _ in theirs if at == beta)
+    for (start, low, _), (end, high, _) in pairwise(own):
         if min(low, high) <= wanted <= max(low, high):
             return start if low == high else start + (end - start) * (wanted - low) / (high - low)
     return None
-
-
-def _rows(side: ControllerScores) -> Iterator[tuple[CurvePoint, ...]]:
-    """Yield the points of all cells at each β."""
-    return zip(*(curve.points for curve in side.curves.values()), strict=True)
 
 
 def card_of(report: GateReport, lineage: Sequence[str] = (), **more: Any) -> dict[str, Any]:

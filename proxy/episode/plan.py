@@ -269,20 +269,7 @@ async def _limits(
     cap = smallest(request.tts.max_total_tokens, caps.tokens)
     lengths = _lengths(settings, request, sizes, cap)
     if cap is not None and cap < lengths.least:
-        least = _least_cap(settings, request, sizes, lengths.least)
-        own, several = request.tts.max_total_tokens, caps.prompts > 1
-        is_clients = own is not None and cap == max(1, own // caps.prompts)
-        source = caps.source or "the server's limit AUTOTTS_MAX_TOTAL_TOKENS"
-        source = "tts.max_total_tokens" if is_clients and not several else source
-        remedy = "raise it" if is_clients else "ask for shorter replies, or ask the operator to raise it"
-        remedy = "set tts.max_total_tokens" if own is None and caps.share_source is not None else remedy
-        needs = f"{'each' if several else 'this request'} needs at least {least} for one interval and its answer"
-        total = f", {caps.prompts * least} in all" if several else ""
-        raise BadRequest(
-            f"{source} is {cap} tokens; {needs}{total}; {remedy}",
-            param="tts.max_total_tokens" if is_clients else None,
-            code="cap_too_small",
-        )
+        raise _cap_error(caps, request.tts.max_total_tokens, cap, _least_cap(settings, request, sizes, lengths.least))
     probe = settings.probe_tokens
     return _RequestLimits(
         EnvironmentLimits(
@@ -347,6 +334,26 @@ def _least_cap(settings: Settings, request: GenerationRequest, sizes: _Sizes, le
     while (needed := _lengths(settings, request, sizes, least).least) > least:
         least = needed
     return least
+
+
+def _cap_error(caps: EpisodeCaps, own: int | None, cap: int, least: int) -> BadRequest:
+    """Return the error for a token cap below `least`. `own` is the client's limit for all prompts of its request."""
+    several = caps.prompts > 1
+    is_clients = own is not None and cap == max(1, own // caps.prompts)
+    source = caps.source or "the server's limit AUTOTTS_MAX_TOTAL_TOKENS"
+    if is_clients and not several:
+        source = "tts.max_total_tokens"
+    if own is None and caps.share_source is not None:
+        remedy = "set tts.max_total_tokens"
+    else:
+        remedy = "raise it" if is_clients else "ask for shorter replies, or ask the operator to raise it"
+    needs = f"{'each' if several else 'this request'} needs at least {least} for one interval and its answer"
+    total = f", {caps.prompts * least} in all" if several else ""
+    return BadRequest(
+        f"{source} is {cap} tokens; {needs}{total}; {remedy}",
+        param="tts.max_total_tokens" if is_clients else None,
+        code="cap_too_small",
+    )
 
 
 def smallest(*limits: T | None) -> T | None:

@@ -48,7 +48,7 @@ def _is_own(path: Path) -> bool:
 @contextmanager
 def logged_warnings() -> Iterator[list[str]]:
     """Collect the messages that are logged meanwhile as warnings, instead of logging them."""
-    collector = _WarningCollector(logging.WARNING)
+    collector = _WarningCollector()
     root = logging.getLogger()
     root.addHandler(collector)
     try:
@@ -58,8 +58,8 @@ def logged_warnings() -> Iterator[list[str]]:
 
 
 class _WarningCollector(logging.Handler):
-    def __init__(self, level: int) -> None:
-        super().__init__(level)
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
         self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:

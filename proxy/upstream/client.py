@@ -40,7 +40,7 @@ from proxy.upstream.completion_stream import (
     without_refused,
 )
 from proxy.upstream.connections.pooled_request import UpstreamResponse
-from proxy.upstream.detokeniser import SuffixIds, TokenEndings
+from proxy.upstream.detokeniser import MOST_SUFFIXES, BoundedCache, TokenEndings
 from proxy.upstream.load_metrics import UpstreamLoad, parse_load
 from proxy.upstream.response_body import BYTES_PER_ID, MAX_PAGE_BYTES, MIN_BODY_BYTES, BodyTooLong, read_body
 from proxy.upstream.transport import UpstreamTransport
@@ -99,7 +99,7 @@ class UpstreamClient:
         self.read_timeout_s = read_timeout_s
         self.branch_semaphore = branch_semaphore or BranchSemaphore()
         self.token_endings = TokenEndings()
-        self._suffix_ids = SuffixIds()
+        self._suffix_ids = BoundedCache[tuple[str, str], list[int]](MOST_SUFFIXES)  # by model and text
         self._learnt = _Learnt()
         self._session_header = session_header
         self._session: Mapping[str, str] = {}  # header with the id of the episode, if it is sent

@@ -15,9 +15,12 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from enum import Enum
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 from proxy.types import Call, Output
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 BROKEN: Final = "\ufffd"
 """Replacement character U+FFFD. Bytes of an incomplete character are decoded to it."""
@@ -55,12 +58,24 @@ class TokenInfo(NamedTuple):
     ending: Ending
 
 
+class BoundedCache(dict[K, V]):
+    """Cache of at most `most` entries. A full one evicts its oldest entry."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def __setitem__(self, key: K, value: V) -> None:
+        if len(self) >= self._most:
+            del self[next(iter(self))]
+        super().__setitem__(key, value)
+
+
 class TokenEndings:
-    """Bounded cache of the properties of token ids, by model. The oldest entry is evicted first."""
+    """Bounded cache of the properties of token ids, by model."""
 
     def __init__(self, most: int = MOST_KNOWN) -> None:
-        self._most = most
-        self._known: dict[tuple[str, int], TokenInfo] = {}
+        self._known = BoundedCache[tuple[str, int], TokenInfo](most)
         self.turns = asyncio.Semaphore(MOST_LEARNT)  # held during a lookup
 
     def __len__(self) -> int:
@@ -71,19 +86,8 @@ class TokenEndings:
         return self._known.get((model, token))
 
     def add(self, model: str, token: int, known: TokenInfo) -> None:
-        """Cache the properties of an id. A full cache evicts its oldest entry."""
-        if len(self._known) >= self._most:
-            del self._known[next(iter(self._known))]
+        """Cache the properties of an id."""
         self._known[model, token] = known
-
-
-class SuffixIds(dict[tuple[str, str], list[int]]):
-    """Token ids of the texts that the proxy appends, by model and text. A full one evicts its oldest entry."""
-
-    def __setitem__(self, key: tuple[str, str], ids: list[int]) -> None:
-        if len(self) >= MOST_SUFFIXES:
-            del self[next(iter(self))]
-        super().__setitem__(key, ids)
 
 
 class Tokeniser(Protocol):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 
@@ -22,11 +21,6 @@ ME = ChangeCause("me", "a test", datetime(2026, 11, 29, tzinfo=UTC))
 DEFAULT, CHAMPION, CANARY = Spec("self_consistency"), Spec("asc"), Spec("esc")
 FINE = EpisodeOutcome(1000, failed=False, answered=True)
 BAD = EpisodeOutcome(9000, failed=True, answered=False)
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "installed")
 
 
 @pytest.fixture

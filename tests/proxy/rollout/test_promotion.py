@@ -15,8 +15,6 @@ from typing import Any
 
 import aiohttp
 import pytest
-import pytest_asyncio
-from aiohttp import web
 from openai import AsyncOpenAI
 from typer.testing import CliRunner
 
@@ -30,9 +28,9 @@ from proxy.server import running
 from proxy.settings import load
 from tests.discovery.promotion.examples import HELD_OUT_CELLS
 from tests.discovery.promotion.outside import folder_of, write_source
-from tests.fakes import FakeVLLM, chain
 from tests.postgres_server import PostgresServer
-from tests.proxy.conftest import INTERVAL, SMALL, Proxy
+from tests.proxy.conftest import SMALL, Proxy
+from tests.proxy.rollout.conftest import HeldVLLM
 from tests.proxy.rollout.test_sealed_controllers import FAULTS, HONEST, LOCKSTEP
 
 pytestmark = pytest.mark.process
@@ -46,39 +44,9 @@ DISAGREEING = LOCKSTEP.format(later="if state.rounds == 2: return [advance(0)]")
 Serve = Callable[..., AbstractAsyncContextManager[Proxy]]
 
 
-class HeldVLLM(FakeVLLM):
-    """Fake vLLM that generates nothing until `may` is set."""
-
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self.may = asyncio.Event()
-        self.may.set()
-        self.came = asyncio.Condition()
-
-    async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        async with self.came:
-            self.came.notify_all()
-        await self.may.wait()
-        return await super()._generate(request, body)
-
-    async def waiting(self, count: int) -> None:
-        """Wait until `count` requests are held."""
-        async with self.came:
-            await self.came.wait_for(lambda: self.running == count)
-
-
-@pytest_asyncio.fixture
-async def backend() -> AsyncIterator[HeldVLLM]:
-    """Serve chains of equal length that all answer 7."""
-    chains = [chain("7", 200, ["", "7"], mark=chr(97 + i % 26)) for i in range(64)]
-    fake = HeldVLLM(chains, INTERVAL)
-    async with fake.serve():
-        yield fake
-
-
 @pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "installed")
+def backend(held_backend: HeldVLLM) -> HeldVLLM:
+    return held_backend
 
 
 @pytest.fixture

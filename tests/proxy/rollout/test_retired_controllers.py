@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
-import pytest_asyncio
 from openai import AsyncOpenAI
 
 from controllers.builtin import BUILT_IN
@@ -26,10 +25,10 @@ from proxy.api.service import Service
 from proxy.server import Server, listen
 from proxy.settings import load
 from proxy.telemetry.label_sets import LabelSets
-from tests.fakes import chain
 from tests.proxy.admission.test_api_keys import ALICE
-from tests.proxy.conftest import INTERVAL, SMALL, Proxy
-from tests.proxy.rollout.test_promotion import FAILING, HeldVLLM
+from tests.proxy.conftest import SMALL, Proxy
+from tests.proxy.rollout.conftest import HeldVLLM
+from tests.proxy.rollout.test_promotion import FAILING
 from tests.proxy.rollout.test_sealed_controllers import HONEST
 
 pytestmark = pytest.mark.process
@@ -66,17 +65,9 @@ class Inspected(NamedTuple):
 Serve = Callable[..., AbstractAsyncContextManager[Inspected]]
 
 
-@pytest_asyncio.fixture
-async def backend() -> AsyncIterator[HeldVLLM]:
-    chains = [chain("7", 200, ["", "7"], mark=chr(97 + i % 26)) for i in range(64)]
-    fake = HeldVLLM(chains, INTERVAL)
-    async with fake.serve():
-        yield fake
-
-
 @pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "installed")
+def backend(held_backend: HeldVLLM) -> HeldVLLM:
+    return held_backend
 
 
 @pytest.fixture

@@ -23,6 +23,14 @@ class Clock:
         return self.now
 
 
+def _unused_key() -> tuple[Clock, Retirement]:
+    """Return a clock, and keys of which `a` has just been found unused."""
+    clock = Clock()
+    keys = Retirement(600, clock)
+    assert keys.retired(["a"], set()) == []
+    return clock, keys
+
+
 def test_a_key_is_retired_once_it_has_not_been_in_use_for_the_whole_time() -> None:
     clock = Clock()
     keys = Retirement(600, clock)
@@ -35,9 +43,7 @@ def test_a_key_is_retired_once_it_has_not_been_in_use_for_the_whole_time() -> No
 
 
 def test_the_time_begins_anew_for_a_key_that_was_in_use_again() -> None:
-    clock = Clock()
-    keys = Retirement(600, clock)
-    assert keys.retired(["a"], set()) == []
+    clock, keys = _unused_key()
     clock.now += 599
     assert keys.retired(["a"], {"a"}) == []
     clock.now += 1
@@ -50,9 +56,7 @@ def test_the_time_begins_anew_for_a_key_that_was_in_use_again() -> None:
 
 
 def test_a_key_that_is_held_is_not_retired() -> None:
-    clock = Clock()
-    keys = Retirement(600, clock)
-    assert keys.retired(["a"], set()) == []
+    clock, keys = _unused_key()
     with keys.hold("a"):
         with keys.hold("a"):
             clock.now += 1000
@@ -66,9 +70,7 @@ def test_a_key_that_is_held_is_not_retired() -> None:
 
 
 def test_the_time_after_a_hold_begins_anew_even_if_nobody_looked_meanwhile() -> None:
-    clock = Clock()
-    keys = Retirement(600, clock)
-    assert keys.retired(["a"], set()) == []
+    clock, keys = _unused_key()
     clock.now += 599
     with keys.hold("a"):
         pass

@@ -28,7 +28,6 @@ from proxy.upstream.detokeniser import (
     MOST_SUFFIXES,
     Detokeniser,
     Ending,
-    SuffixIds,
     TokenEndings,
     TokenInfo,
 )
@@ -250,8 +249,9 @@ def test_the_cache_of_token_endings_is_bounded() -> None:
     assert [endings.get(MODEL, token) is None for token in range(5)] == [True, True, False, False, False]
 
 
-def test_the_cache_of_suffixes_is_bounded() -> None:
-    suffixes = SuffixIds()
+async def test_the_cache_of_suffixes_is_bounded() -> None:
+    async with aiohttp.ClientSession() as session:
+        suffixes = UpstreamClient("http://127.0.0.1:9", session)._suffix_ids
     for number in range(MOST_SUFFIXES + 5):
         suffixes[f"model {number}", "x"] = [number]
     assert len(suffixes) == MOST_SUFFIXES
