@@ -83,8 +83,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     if any(item.get_closest_marker(mark) for mark in MAY_START_PROCESSES):
         return (yield)
     proof = spawner().proof
-    is_enforced = "process" in item.config.option.markexpr
-    _forbidden_in, spawner().proof = item.nodeid if is_enforced else None, ASSUMED
+    _forbidden_in, spawner().proof = item.nodeid, ASSUMED
     try:
         return (yield)
     finally:

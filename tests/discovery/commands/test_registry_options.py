@@ -49,6 +49,7 @@ def test_the_audit_names_the_user_as_the_ledger_does(tmp_path: Path, monkeypatch
     assert [line["who"] for line in Registry(Path(registry)).audit()] == [getpass.getuser(), "me"]
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can run as a user without a name")
 def test_a_user_without_a_name_is_unknown() -> None:
     code = (
