@@ -27,6 +27,7 @@ from discovery.commands.options import (
     EngineChoice,
     MaxBranches,
     Models,
+    ProbeTokens,
     RecordingsPlace,
     Shuffles,
     Who,
@@ -81,6 +82,7 @@ def calibrate_command(
     benchmarks: Benchmarks = "",
     split: Annotated[Split | None, typer.Option(help="split of the questions (default: all but held-out)")] = None,
     answers: Answers = AnswerComparison.AUTO,
+    probe_tokens: ProbeTokens = None,
     max_branches: MaxBranches = 64,
     engine: EngineChoice = EngineName.PROCESS,
     workers: Workers = None,
@@ -125,12 +127,12 @@ def calibrate_command(
         cells,
         specs,
         make_engine(engine, workers, address),
-        ReplayRules(max_branches),
+        ReplayRules(max_branches, probe_tokens),
         beta_values,
         shuffles,
         answers,
     )
-    calibrations = calibrate_scores(measured, specs)
+    calibrations = calibrate_scores(measured, specs, probe_tokens)
     gains: dict[str, ModelGains] = {}
     if len(specs) > 1:
         sides = {side.spec.digest: side for side in measured.sides}
@@ -141,6 +143,8 @@ def calibrate_command(
     for name in dict.fromkeys(one.controller for calibration in calibrations.values() for one in calibration.all):
         console.print(_table(name, calibrations))
     console.print(f"answer comparison: {next(iter(calibrations.values())).answers}", highlight=False)
+    if probe_tokens is not None:
+        console.print(f"tokens per probe: {probe_tokens}", highlight=False)
     console.print(
         f"mean chain: over all recorded chains; controllers are played in {shuffles} orders of them, so one chain of "
         "theirs may differ a little from it",

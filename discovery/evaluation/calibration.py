@@ -150,6 +150,7 @@ class Calibration:
     choice: ChosenCalibration | None = None  # among several controllers; only in the first calibration of a model
     reliability: VoteReliability | None = None  # None if unknown, or if no episode had two votes
     judged_wrong: int = 0  # questions that clients judged wrong without a right answer; if any, only references count
+    probe_tokens: int | None = None  # tokens charged per probe; None: as recorded
 
     @property
     def all(self) -> tuple[Calibration, ...]:
@@ -188,7 +189,7 @@ class Calibration:
             data["others"] = [calibration.as_json() for calibration in self.others]
         else:
             del data["others"]
-        for name in ("choice", "reliability"):
+        for name in ("choice", "reliability", "probe_tokens"):
             if data[name] is None:
                 del data[name]
         if not self.judged_wrong:
@@ -217,15 +218,21 @@ def score_with_rival(
     return score_controllers(Evaluation(source, cells, played, sorted(set(betas)), shuffles, answers, rules), engine)
 
 
-def calibrate_scores(measured: ScoreSet, specs: Sequence[Spec]) -> Calibrations:
-    """Return the calibrations of controllers from the scores of `score_with_rival`."""
+def calibrate_scores(measured: ScoreSet, specs: Sequence[Spec], probe_tokens: int | None = None) -> Calibrations:
+    """Return the calibrations of controllers from the scores of `score_with_rival`.
+
+    `probe_tokens` is what its rules charged per probe.
+    """
     sides = {side.spec.digest: side for side in measured.sides}
     rival = sides[RIVAL.digest]
     calibrations = {}
     for model in dict.fromkeys(cell.model for cell in measured.baselines):
         own_cells = [cell for cell in measured.baselines if cell.model == model]
         digests = dict.fromkeys(spec.digest for spec in specs)
-        first, *others = (_of_model(measured, sides[digest], rival, own_cells) for digest in digests)
+        first, *others = (
+            replace(_of_model(measured, sides[digest], rival, own_cells), probe_tokens=probe_tokens)
+            for digest in digests
+        )
         calibrations[model] = replace(first, others=tuple(others))
     return calibrations
 

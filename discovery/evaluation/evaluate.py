@@ -171,9 +171,7 @@ class Evaluation:
             yield RecordingBatch(recordings, make_jobs(self.specs, self.betas, cell, self.shuffles))
 
 
-FREE_PROBES: Final = (
-    "no probe tokens are recorded, so probes cost nothing; --probe-tokens of evaluate, gate and discover charges them"
-)
+FREE_PROBES: Final = "no probe tokens are recorded, so probes cost nothing; --probe-tokens charges them"
 EMPTY_PROBES: Final = "no recorded probe has an answer, so controllers that probe learn nothing by it"
 
 

@@ -15,6 +15,7 @@ from controllers.loading import Spec
 from discovery.commands.gate import judge_in_subprocess
 from discovery.data.importers import format_recording_line
 from discovery.data.recordings import Cell, RecordedBranch, RecordedQuestion, Split, intern_answers, question_id
+from discovery.evaluation.calibration import read_calibrations
 from discovery.evaluation.engines import EngineName
 from discovery.evaluation.evaluate import EMPTY_PROBES, FREE_PROBES, probe_problem, probe_warnings
 from discovery.promotion.gate import GateJob
@@ -88,6 +89,24 @@ def test_the_evaluate_command_warns_of_free_probes_if_a_controller_probes(
         done = CliRunner().invoke(app, ["evaluate", "--recordings", str(recordings), *chosen, *options])
     assert done.exit_code == 0, done.output
     assert (FREE_PROBES in caplog.text) == warned
+
+
+def test_the_calibrate_command_charges_probes_and_its_file_says_so(tmp_path: Path) -> None:
+    recordings, out = tmp_path / "recordings.jsonl", tmp_path / "calibration.json"
+    recordings.write_text("".join(format_recording_line(asked(["7"] * 9, (), i)) for i in range(2)))
+    chosen = ["--controllers", "cmc,asc", "--betas", "0", "--shuffles", "1", "--max-branches", "4"]
+    tokens, charges = [], []
+    for options in ((), ("--probe-tokens", "20")):
+        command = ["calibrate", "--recordings", str(recordings), "--out", str(out), "--engine", "local"]
+        done = CliRunner().invoke(app, [*command, *chosen, *options])
+        assert done.exit_code == 0, done.output
+        assert ("tokens per probe: 20" in done.output) == bool(options)
+        calibration = read_calibrations(out)["m"]
+        tokens.append(calibration.points[0].tokens)
+        charges.append([one.probe_tokens for one in calibration.all])
+    assert charges == [[None, None], [20, 20]]
+    assert tokens[1] > tokens[0]
+    assert out.read_text().count('"probe_tokens": 20') == 2
 
 
 @pytest.mark.process
