@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import shutil
 import tomllib
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ FULL: Final[dict[str, Any]] = {
     "upstream": {"url": "https://vllm.example.org/base"},
     "image": {"repository": "registry.example.org/autotts-proxy", "tag": "1.2.3"},
     "imagePullSecrets": [{"name": "registry"}],
-    "settings": {"beta": 0.5, "max_episodes": 128, "controller": f"{CONTROLLERS}/mine.py", "ui": False},
+    "settings": {"beta": 0.5, "max_episodes": 128, "controller": f"{CONTROLLERS}/mine.py", "ui": False, "log": "plain"},
     "secrets": {
         "keys": {"name": "autotts-keys", "key": "clients.toml"},
         "adminKey": {"name": "autotts-secrets"},
@@ -195,9 +196,20 @@ def test_the_proxy_accepts_the_settings(
     assert isinstance(settings.registry_place, DatabaseUrl) is (case in ("postgres", "full"))
     for name, value in CASES[case].get("settings", {}).items():
         wanted = value.replace(CONTROLLERS, str(tmp_path)) if isinstance(value, str) else value
-        assert (getattr(settings, name), sources[name]) == (wanted, f"file {file}")
+        source = "environment" if name == "log" else f"file {file}"
+        assert (getattr(settings, name), sources[name]) == (wanted, source)
     grace = rendered[case]["Deployment"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace == settings.drain_s + 15 + CASES[case].get("stopDelaySeconds", 5)
+
+
+def test_no_variable_of_the_image_hides_a_setting(rendered: dict[str, Manifests]) -> None:
+    of_image = {name for name in image("proxy").env if name.startswith("AUTOTTS_")}
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    refused = schema["properties"]["settings"]["propertyNames"]["not"]["enum"]
+    (container,) = rendered["full"]["Deployment"]["spec"]["template"]["spec"]["containers"]
+    of_chart = {entry["name"] for entry in container["env"]}
+    assert of_image - {f"AUTOTTS_{name.upper()}" for name in refused} <= of_chart
+    assert "AUTOTTS_LOG" in of_image
 
 
 def test_every_path_that_a_setting_names_is_mounted(rendered: dict[str, Manifests]) -> None:
