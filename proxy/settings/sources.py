@@ -212,9 +212,9 @@ def _problem(error: ErrorDetails) -> str:
 def _message(place: tuple[str, ...], problem: str, value: object, sources: Mapping[str, str]) -> str:
     """Return the message about an invalid value: source, name, problem, and the value unless it is secret."""
     name = place[0] if place else ""
-    has_password = name in ("upstream", "store") and any(sign in str(value) for sign in ("@", "://"))
+    may_have_password = any(sign in str(value) for sign in ("@", "://"))  # as in the URL of a database
     is_named = isinstance(value, str) and value in problem  # as the file that cannot be read
-    is_shown = name in Settings.model_fields and not is_secret(name) and not has_password and not is_named
+    is_shown = name in Settings.model_fields and not is_secret(name) and not may_have_password and not is_named
     is_shown = is_shown and not isinstance(value, dict)  # a table may hold anything
     shown = f", not {value!r}" if is_shown else ""
     return f"{_place(place, sources)}: {problem}{shown}"

@@ -15,6 +15,9 @@ import pytest
 import yaml
 
 from discovery.store import DatabaseUrl
+from proxy.http.graceful_shutdown import CUT_S
+from proxy.recording.store_writer import FLUSH_S
+from proxy.server import CLOSE_S
 from proxy.settings import Settings, configure
 from tests.deploy.dockerfile import image
 from tests.deploy.render_chart import CHART, RELEASE, render
@@ -69,6 +72,10 @@ REFUSED: Final[dict[str, tuple[dict[str, Any], str]]] = {
     "an unknown value": (changed(replica=2), "replica"),
     "a secret among the settings": (changed(settings={"admin_key": "x"}), "invalid propertyName 'admin_key'"),
     "a setting of the chart": (changed(settings={"port": 9000}), "invalid propertyName 'port'"),
+    "a password in the registry's URL": (
+        changed(settings={"registry": "postgresql://me:secret@database/registry"}),
+        "'/settings/registry'",
+    ),
     "a setting among the variables": (changed(env=[{"name": "AUTOTTS_PORT", "value": "1"}]), "env"),
     "a database that the proxy cannot use": (changed(store={"kind": "mysql"}), "kind"),
     "PostgreSQL without a URL": (changed(store={"kind": "postgres"}), "set secrets.store.name to a Secret"),
@@ -199,7 +206,7 @@ def test_the_proxy_accepts_the_settings(
         source = "environment" if name == "log" else f"file {file}"
         assert (getattr(settings, name), sources[name]) == (wanted, source)
     grace = rendered[case]["Deployment"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
-    assert grace == settings.drain_s + 15 + CASES[case].get("stopDelaySeconds", 5)
+    assert grace > settings.drain_s + CUT_S + CLOSE_S + FLUSH_S + CASES[case].get("stopDelaySeconds", 5)
 
 
 def test_no_variable_of_the_image_hides_a_setting(rendered: dict[str, Manifests]) -> None:
@@ -315,8 +322,8 @@ def test_a_stopping_pod_serves_until_the_service_has_dropped_it(rendered: dict[s
         pod = rendered[case]["Deployment"]["spec"]["template"]["spec"]
         (container,) = pod["containers"]
         delays[case] = pod["terminationGracePeriodSeconds"], container.get("lifecycle")
-    assert delays["plain"] == (80, {"preStop": {"exec": {"command": ["sleep", "5"]}}})
-    assert delays["full"] == (75, None)
+    assert delays["plain"] == (90, {"preStop": {"exec": {"command": ["sleep", "5"]}}})
+    assert delays["full"] == (85, None)
 
 
 def test_further_variables_reach_the_container(rendered: dict[str, Manifests]) -> None:

@@ -14,6 +14,9 @@ import jsonschema_rs
 import pytest
 import yaml
 
+from proxy.http.graceful_shutdown import CUT_S
+from proxy.recording.store_writer import FLUSH_S
+from proxy.server import CLOSE_S
 from proxy.settings import Settings, load
 from tests.deploy.dockerfile import TARGETS, image
 from tests.readability import ROOT
@@ -119,7 +122,7 @@ def test_the_settings_exist_and_the_container_outlives_a_shutdown(
         for variable, value in given.items():
             monkeypatch.setenv(variable, value.replace("${UPSTREAM:-}", "http://gpu-machine:8000"))
         settings = load()
-        assert int(service["stop_grace_period"].removesuffix("s")) > settings.drain_s
+        assert int(service["stop_grace_period"].removesuffix("s")) > settings.drain_s + CUT_S + CLOSE_S + FLUSH_S
         assert service["ports"] == [f"127.0.0.1:{settings.port}:{settings.port}"]
         assert str(settings.keys) == "/run/secrets/keys"
         assert str(settings.store) == "postgresql://autotts@postgres:5432/autotts"

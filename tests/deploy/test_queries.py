@@ -131,9 +131,13 @@ def test_no_panels_of_the_board_overlap() -> None:
             assert taken.setdefault(cell, panel["title"]) == panel["title"]
 
 
-def test_the_provisioned_data_source_is_the_one_of_the_board() -> None:
+def test_the_board_asks_for_a_data_source_and_the_provisioned_one_is_the_default() -> None:
     sources = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
-    asked = {panel["datasource"]["uid"] for panel in BOARD["panels"] if "datasource" in panel}
-    assert asked == {source["uid"] for source in sources}
+    (source,) = sources
+    assert (source["type"], source["isDefault"]) == ("prometheus", True)  # Grafana chooses the default at first
+    first, *others = BOARD["templating"]["list"]
+    assert (first["type"], first["query"], first["name"]) == ("datasource", "prometheus", "datasource")
+    users = [part for part in [*BOARD["panels"], *others] if "datasource" in part]
+    assert {user["datasource"]["uid"] for user in users} == {"${datasource}"}
     providers = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/autotts.yml").read_text())["providers"]
     assert [provider["type"] for provider in providers] == ["file"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from proxy.errors import SettingsError
-from proxy.settings import MAX_REPLICAS, ReplicaAddress, load, parse_upstreams
+from proxy.settings import MAX_REPLICAS, ReplicaAddress, Settings, load, parse_upstreams
 
 SECRET = "canary-word"
 
@@ -114,4 +114,22 @@ def test_passwords_of_replicas_appear_in_no_repr_and_no_error(tmp_path: Path, fo
     assert SECRET not in repr(settings)
     with pytest.raises(SettingsError, match="upstream_api_key is set too; remove one of them") as caught:
         load(upstream=settings.upstream, upstream_api_key="key")
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name in Settings.model_fields if not name.endswith("controller")])
+def test_no_error_about_a_setting_shows_the_password_of_a_url(name: str) -> None:
+    urls = [f"postgresql://me:{SECRET}@db/", f"redis://me:{SECRET}@db/zero", f"http://me:{SECRET}@db:port"]
+    messages = []
+    for value in [*urls, *([url] for url in urls)]:
+        try:
+            load(**{name: value})
+        except SettingsError as error:
+            messages.append(str(error))
+    assert SECRET not in "\n".join(messages)
+
+
+def test_an_error_about_the_registry_hides_its_password() -> None:
+    with pytest.raises(SettingsError, match="registry: the registry's URL names no database") as caught:
+        load(registry=f"postgresql://me:{SECRET}@db/")
     assert SECRET not in str(caught.value)
