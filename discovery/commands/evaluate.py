@@ -259,9 +259,7 @@ def _grading(scored: Sequence[Score]) -> Mapping[Cell, str]:
             continue
         texts[score.cell] = f"answer comparison: {score.grading.answers}"
         if score.grading.selected.judged_wrong:
-            left_out = score.grading.selected.left_out
-            others = "".join(f", and therefore {count} by {source}" for source, count in left_out.items())
-            texts[score.cell] += f"; left out: {score.grading.selected.judged_wrong} judged wrong{others}"
+            texts[score.cell] += f"; {score.grading.selected}"
         if set(score.grading.sources) == {LabelSource.REFERENCE}:
             continue
         parts = []

@@ -196,6 +196,10 @@ def _show(report: GateReport) -> None:
     console = wide_console()
     console.print(_conditions(report))
     console.print(_cells(report))
+    for cell in report.cells:
+        if cell.judged_wrong:
+            where = f"{cell.model} {cell.benchmark} {cell.split}"
+            console.print(f"{where}: {cell.selected}", markup=False, highlight=False, soft_wrap=True)
     headlines = report.headlines
     if headlines.savings is not None:
         reached = f"{headlines.savings_cells} of {len(report.cells)} cells"

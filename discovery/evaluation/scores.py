@@ -37,6 +37,10 @@ class SelectedByOutcome:
     judged_wrong: int = 0  # clients judged them wrong, and their right answer is unknown
     left_out: Mapping[LabelSource, int] = field(default_factory=dict)  # the others, by the source of their right answer
 
+    def __str__(self) -> str:
+        others = "".join(f", and therefore {count} by {source}" for source, count in self.left_out.items())
+        return f"left out: {self.judged_wrong} judged wrong{others}"
+
 
 @dataclass(frozen=True)
 class QuestionGrading:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from discovery.data.recordings import Cell, RecordedQuestion, Split
 from discovery.errors import GateError
-from discovery.evaluation.evaluate import scorable_recordings
+from discovery.evaluation.evaluate import read_scorable, scorable_recordings
 from discovery.evaluation.score_set import ScoreSet
 from discovery.evaluation.sources import RecordingSource
 from discovery.promotion.betting_test import bet, confidence_interval, values_missing
@@ -94,7 +94,9 @@ class _Look:
         self._source = source
         self._cells = list(cells)
         self._ledger = ledger
-        self._sealed = SelectedSource({cell: scorable_recordings(source, cell) for cell in cells})
+        scorable = {cell: read_scorable(source, cell) for cell in cells}
+        self._sealed = SelectedSource({cell: recordings for cell, (recordings, _) in scorable.items()})
+        self._left_out = {cell: selected for cell, (_, selected) in scorable.items()}
         self._branches_by_id = self._count_branches()
         self._id = self._sequence_id()
 
@@ -251,6 +253,7 @@ class _Look:
             delta_afs=float(gains.mean()),
             interval=interval,
             questions=gains.size,
+            cells=[one.leaving_out(self._left_out[cell]) for cell, one in zip(by_cell, report.cells, strict=True)],
             probe_tokens=about.rules.probe_tokens,
             sequence=replace(state, e_value=evidence.e_value, accuracy_e_value=accuracy_evidence.e_value),
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from discovery.data.atomic_files import atomic_write, json_object
-from discovery.data.recordings import Cell
+from discovery.data.recordings import Cell, LabelSource
 from discovery.evaluation.afs import mean_curve
 from discovery.evaluation.paired_statistics import (
     ONE_SIDED,
@@ -30,7 +30,7 @@ from discovery.evaluation.paired_statistics import (
     sign_flip_p,
 )
 from discovery.evaluation.score_set import ControllerScores, ScoreSet, cheapest_at_accuracy
-from discovery.evaluation.scores import BOTH_SIDES
+from discovery.evaluation.scores import BOTH_SIDES, SelectedByOutcome
 from discovery.promotion.conditions import (
     HELD_OUT,
     Condition,
@@ -76,6 +76,17 @@ class CellReport:
     high: float | None
     finalist: list[dict[str, float]]  # beta, tokens, accuracy in percent, path: p95 in tokens
     champion: list[dict[str, float]]
+    judged_wrong: int = 0  # questions that clients judged wrong without a right answer; if any, only references count
+    left_out_by_outcome: dict[LabelSource, int] = field(default_factory=dict)  # questions left out for that reason
+
+    @property
+    def selected(self) -> SelectedByOutcome:
+        """The questions that are left out."""
+        return SelectedByOutcome(self.judged_wrong, self.left_out_by_outcome)
+
+    def leaving_out(self, selected: SelectedByOutcome) -> CellReport:
+        """Return the report with these questions as those that are left out."""
+        return replace(self, judged_wrong=selected.judged_wrong, left_out_by_outcome=dict(selected.left_out))
 
 
 @dataclass(frozen=True)
@@ -309,7 +320,8 @@ def _spread(values: NDArray[np.float64]) -> float:
 
 def _cell(cell: Cell, gain: NDArray[np.float64], finalist: ControllerScores, champion: ControllerScores) -> CellReport:
     low, high = bootstrap_bounds(gain)
-    return CellReport(
+    graded = finalist.at(cell)[0].grading
+    report = CellReport(
         model=cell.model,
         benchmark=cell.benchmark,
         split=cell.split,
@@ -320,6 +332,7 @@ def _cell(cell: Cell, gain: NDArray[np.float64], finalist: ControllerScores, cha
         finalist=list(_points(finalist, cell)),
         champion=list(_points(champion, cell)),
     )
+    return report if graded is None else report.leaving_out(graded.selected)
 
 
 def _points(side: ControllerScores, cell: Cell) -> Iterator[dict[str, float]]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from discovery.commands.gate import _show
 from discovery.data.importers import format_recording_line, read_jsonl
 from discovery.data.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split, question_id
 from discovery.errors import BadRecording, RecordingsNotFound
@@ -19,8 +20,13 @@ from discovery.evaluation.evaluate import DEFAULT_WEIGHTS, read_scorable
 from discovery.evaluation.reference_answers import update_labels
 from discovery.evaluation.scores import SelectedByOutcome
 from discovery.evaluation.sources import StoreSource
+from discovery.promotion.verdict import report_of
 from discovery.store import Feedback, ServedEpisode, Store
 from proxy.cli import app
+from tests.discovery.evaluation.test_evaluate import Given
+from tests.discovery.promotion.test_gate import quickly
+from tests.discovery.promotion.test_sequential_gate import look
+from tests.discovery.promotion.test_sequential_gate import recorded as sealed
 
 CELL = Cell("m", "live", Split.SEARCH)
 REFERENCED, RIGHT, STATED, WRONG, SILENT = "referenced", "right", "stated", "wrong", "silent"
@@ -143,3 +149,38 @@ def test_evaluate_and_calibrate_say_what_they_leave_out(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, made)
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "c.json").read_text())["m"]["judged_wrong"] == 1
+
+
+def judged(count: int) -> list[RecordedQuestion]:
+    """Return held-out questions, of which one has its right answer by feedback and one was judged wrong."""
+    first, second, *others = sealed(count)
+    by_feedback = replace(first, label_source=LabelSource.FEEDBACK)
+    return [by_feedback, replace(second, reference=None, judged_wrong=True), *others]
+
+
+def test_the_gate_reports_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = quickly("single", tmp_path / "ledger", Given(*judged(8)))
+    (cell,) = report.cells
+    assert (cell.questions, cell.judged_wrong, cell.left_out_by_outcome) == (6, 1, {LabelSource.FEEDBACK: 1})
+    _show(report)
+    assert "m b held-out: left out: 1 judged wrong, and therefore 1 by feedback\n" in capsys.readouterr().out
+    written = json.loads(json.dumps(report.as_json()))
+    assert report_of(written) == report
+    assert (written["cells"][0].pop("judged_wrong"), written["cells"][0].pop("left_out_by_outcome")) == (
+        1,
+        {"feedback": 1},
+    )
+    (earlier,) = report_of(written).cells  # as earlier versions wrote it
+    assert earlier == replace(cell, judged_wrong=0, left_out_by_outcome={})
+    _show(report_of(written))
+    assert "judged wrong" not in capsys.readouterr().out
+
+
+def test_each_look_of_a_sequence_reports_what_it_leaves_out(tmp_path: Path) -> None:
+    for count in (16, 18):
+        (cell,) = look(judged(count), tmp_path / "ledger").cells
+        assert (cell.questions, cell.judged_wrong, cell.left_out_by_outcome) == (
+            count - 12,
+            1,
+            {LabelSource.FEEDBACK: 1},
+        )
