@@ -80,9 +80,9 @@ RecordingsPlace = Annotated[
     AnyPlace,
     typer.Option(
         parser=parse_place,
-        metavar="STORE|FOLDER",
-        help="replay store (file or postgresql:// URL), or folder of the AutoTTS release such as "
-        "../shared/replay/autotts",
+        metavar="STORE|FILE|FOLDER",
+        help="replay store (file or postgresql:// URL), file of recordings (.jsonl or .jsonl.xz), or folder of the "
+        "AutoTTS release such as ../shared/replay/autotts",
     ),
 ]
 Models = Annotated[str, typer.Option(help="models, separated by commas (default: all)")]

@@ -56,7 +56,7 @@ def promote(
     report: Annotated[Path | None, typer.Option(help="the gate's JSON report on the file")] = None,
     recordings: Annotated[
         AnyPlace | None,
-        typer.Option(parser=parse_place, metavar="STORE|FOLDER", help="run the gate now on these recordings"),
+        typer.Option(parser=parse_place, metavar="STORE|FILE|FOLDER", help="run the gate now on these recordings"),
     ] = None,
     against: Annotated[str, typer.Option("--champion", help="for --recordings: champion to beat")] = DEFAULT,
     ledger: LedgerPlace = None,
