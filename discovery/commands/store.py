@@ -92,6 +92,13 @@ def _import(
         f"{known} recordings were already there",
         highlight=False,
     )
+    if wrong := len({recorded.question for recorded in recordings if recorded.judged_wrong}):
+        warning = (
+            f"questions judged wrong whose right answer is unknown: {wrong:,}; a store does not keep that "
+            "(judged_wrong), so labels by feedback count again in their cells. Use the file itself (`--recordings "
+            "FILE.jsonl`), or give references to `autotts label`"
+        )
+        console.print(warning, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _put(recorded: RecordedQuestion, split: SplitBy | None) -> RecordedQuestion:

@@ -184,3 +184,16 @@ def test_each_look_of_a_sequence_reports_what_it_leaves_out(tmp_path: Path) -> N
             1,
             {LabelSource.FEEDBACK: 1},
         )
+
+
+def test_an_import_says_that_a_store_does_not_keep_what_was_judged_wrong(tmp_path: Path) -> None:
+    source, lines = store(tmp_path / "s.db", RIGHT, WRONG), tmp_path / "x.jsonl"
+    command = ["import", "jsonl", str(lines), "--store"]
+    lines.write_text("".join(map(format_recording_line, source.load(CELL))))
+    done = CliRunner().invoke(app, [*command, str(tmp_path / "t.db")])
+    assert done.exit_code == 0, done.output
+    assert "questions judged wrong whose right answer is unknown: 1; a store does not keep that" in done.stderr
+    assert len(sources(StoreSource(tmp_path / "t.db"))) == 1  # labels by feedback count again
+    lines.write_text("".join(format_recording_line(one) for one in source.load(CELL) if not one.judged_wrong))
+    done = CliRunner().invoke(app, [*command, str(tmp_path / "u.db")])
+    assert (done.exit_code, done.stderr) == (0, "")
