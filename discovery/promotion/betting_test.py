@@ -68,14 +68,17 @@ def _exp(log: float) -> float:
 def lower_bound(values: NDArray[np.float64], bound: float, level: float) -> float:
     """Return a bound that the mean is ever below with probability at most `level`, whenever this is computed.
 
-    It is the largest m for which values minus m make the gamblers rich; -`bound` if there is none.
+    It is the largest m for which values minus m make the gamblers rich; -`bound` if there is none. Above 0, values
+    minus m may be as low as -`bound` - m, so that is the unit: a clipped loss would favour the gamblers.
     """
     low, high = -bound, bound
     if not values.size or bet(values - low, bound).highest < 1 / level:
         return low
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if bet(values - middle, bound).highest >= 1 / level else (low, middle)
+        low, high = (
+            (middle, high) if bet(values - middle, bound + max(middle, 0)).highest >= 1 / level else (low, middle)
+        )
     return low
 
 

@@ -90,10 +90,20 @@ def test_the_confidence_sequence_contains_the_mean_at_all_looks() -> None:
     assert missed <= 13  # 6 are allowed on average; more than 13 come up twice in a thousand
 
 
-def test_the_lower_bound_is_where_the_test_starts_to_reject() -> None:
-    values = np.random.default_rng(5).normal(2, 5, 100)
+@pytest.mark.parametrize("mean", [2, 6])
+def test_the_lower_bound_is_where_the_test_starts_to_reject(mean: float) -> None:
+    values = np.random.default_rng(5).normal(mean, 5, 100)
     low = lower_bound(values, 25, 0.05)
-    assert bet(values - low + 0.01, 25).highest >= 20 > bet(values - low - 0.01, 25).highest
+    assert (low > 0) == (mean == 6)
+    reach = 25 + max(low, 0)
+    assert bet(values - low + 0.01, reach).highest >= 20 > bet(values - low - 0.01, reach).highest
+
+
+def test_the_interval_of_values_at_their_bounds_contains_their_mean() -> None:
+    values = np.tile([25.0] * 9 + [-25.0], 100)  # less 20, a loss is 45: clipped at 25, it would be too cheap
+    for sign in (1, -1):
+        low, high = confidence_interval(sign * values, 25, 0.05)
+        assert low < sign * 20 < high
 
 
 def test_the_missing_values_are_about_as_many_as_it_takes() -> None:
