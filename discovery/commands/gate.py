@@ -41,6 +41,7 @@ from discovery.promotion.conditions import GateTerms
 from discovery.promotion.gate import GateJob
 from discovery.promotion.ledger import Ledger
 from discovery.promotion.power_plan import ORDERS, PLAN_FILE, PlannedOrders
+from discovery.promotion.requirements import left_out_by
 from discovery.promotion.searched_questions import charged_probe_tokens, check_not_card
 from discovery.promotion.verdict import REPORT_FILE, GateReport, GateVerdict, describe_savings, report_of
 from discovery.store import child_environment
@@ -223,6 +224,13 @@ def _show(report: GateReport) -> None:
             console.print(_describe_more(report), highlight=False)
     if not report.is_held_out:
         console.print("this verdict promotes nothing: searches may have seen the questions", style="yellow")
+    if left_out := left_out_by(report.as_json()):
+        console.print(
+            f"judged on a selection ({left_out}): promote it with --model only, not for all models",
+            style="yellow",
+            markup=False,
+            highlight=False,
+        )
     if report.probe_tokens is not None:
         console.print(f"tokens per probe: {report.probe_tokens}", highlight=False)
     if report.answers:

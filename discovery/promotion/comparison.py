@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from controllers.advice import advise
 from controllers.errors import MachineDisturbed
@@ -112,6 +112,21 @@ class Comparison:
             if before >= FREE_DISTURBANCES:
                 spent = f"one judgement is spent, because {before} on these questions were disturbed before"
             raise GateError(f"{self.finalist.name} could not be judged: {error}; {spent}; retry") from None
+
+    def describe(self, report: GateReport, source: RecordingSource, cells: Sequence[Cell]) -> GateReport:
+        """Return the report with the model that it was asked for, and what the choice of `cells` leaves out.
+
+        A report of the ledger on the same questions and models may have been asked for in other words.
+        """
+        splits, models = {cell.split for cell in cells}, {cell.model for cell in cells}
+        recorded = [cell for cell in source.cells() if cell.split in splits]
+        benchmarks = {cell.benchmark for cell in recorded if cell.model in models}
+        return replace(
+            report,
+            model=self.model,
+            models_left_out=sorted({cell.model for cell in recorded} - models),
+            benchmarks_left_out=sorted(benchmarks - {cell.benchmark for cell in cells}),
+        )
 
     def record(self, ledger: Ledger, report: GateReport, questions: Sequence[str], sequence: str = "") -> None:
         """Append a judgement to the ledger, which must be locked."""

@@ -42,7 +42,8 @@ BAD_INPUT = 2
 def run_gate(source: RecordingSource, cells: Sequence[Cell], comparison: Comparison, place: StorePlace) -> GateReport:
     """Judge a finalist. A judgement on the same split against the same champion is returned from the ledger.
 
-    If the finalist is for one model only, `cells` are that model's.
+    If the finalist is for one model only, `cells` are that model's. A report of the ledger is returned for the model
+    that is asked for now.
     Raises GateError if the finalist cannot be judged, and the errors of `Evaluation.run`. Nothing has been spent then,
     except that a disturbed judgement counts once more than `FREE_DISTURBANCES` occurred on these questions.
     """
@@ -53,14 +54,15 @@ def run_gate(source: RecordingSource, cells: Sequence[Cell], comparison: Compari
     searched = comparison.count_searched(questions)
     unseen = check_held_out(cells, searched)
     if recorded := _recorded(ledger, split, comparison):
-        return recorded.narrowed(unseen)
+        return comparison.describe(recorded, source, cells).narrowed(unseen)
     measured = comparison.judged_replay(source, cells, ledger, questions)
     context = (comparison.advice, split, comparison.now, comparison.who, comparison.model, searched)
     with ledger.locked():
         if recorded := _recorded(ledger, split, comparison):  # another process has judged it meanwhile
-            return recorded.narrowed(unseen)
+            return comparison.describe(recorded, source, cells).narrowed(unseen)
         judged = judge(measured, comparison.terms, JudgementContext(ledger.next_k(questions), *context))
         report = replace(judged, probe_tokens=comparison.rules.probe_tokens)
+        report = comparison.describe(report, source, cells)
         comparison.record(ledger, report, questions)
     return report
 

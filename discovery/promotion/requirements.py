@@ -48,12 +48,35 @@ def check_models(card: Card, model: str | None) -> None:
     """Raise PromotionError if the controller passed the gate on other models only."""
     judged = card.get("models")
     if judged and model not in judged:
+        left_out = left_out_by(card.get("report"))
+        way_out = (
+            "run the gate without --models and --benchmarks" if left_out and model is None else "run the gate there"
+        )
         raise PromotionError(
             f"{card['name']} passed the gate on model {' and '.join(judged)} only, not on "
-            f"{'all models' if model is None else model}; give --model, or run the gate there, or use --force"
+            f"{'all models' if model is None else model}{f' ({left_out})' if left_out else ''}; give --model, or "
+            f"{way_out}, or use --force"
         )
 
 
 def judged_models(report: Any) -> list[str]:
-    """Return the one model that a report is about; empty if it is about all models."""
-    return [report["model"]] if isinstance(report, Mapping) and report.get("model") else []
+    """Return the models that a report is about; empty if it is about all models.
+
+    A report on a selection of the recorded models or benchmarks is about the models that were judged.
+    """
+    if not isinstance(report, Mapping):
+        return []
+    if report.get("model"):
+        return [report["model"]]
+    return sorted({cell["model"] for cell in report["cells"]}) if left_out_by(report) else []
+
+
+def left_out_by(report: Any) -> str:
+    """Describe which recorded models or benchmarks a report on all models leaves out; empty if it leaves out none.
+
+    A sequence takes one benchmark only, so there the others are not missing.
+    """
+    if not isinstance(report, Mapping) or report.get("model"):
+        return ""
+    names = ["models_left_out"] if report.get("sequence") else ["models_left_out", "benchmarks_left_out"]
+    return "; ".join(f"{name}: {', '.join(report[name])}" for name in names if report.get(name))

@@ -81,7 +81,7 @@ def run_sequential_gate(
     if len({cell.benchmark for cell in cells}) > 1:
         raise GateError("a sequential judgement takes the questions of one benchmark; choose it with --benchmarks")
     look = _Look(comparison, source, cells, Ledger(place))
-    report = look.report()
+    report = comparison.describe(look.report(), source, cells)
     return report.narrowed(look.check_unseen(report.sequence))
 
 
@@ -257,6 +257,7 @@ class _Look:
             probe_tokens=about.rules.probe_tokens,
             sequence=replace(state, e_value=evidence.e_value, accuracy_e_value=accuracy_evidence.e_value),
         )
+        report = about.describe(report, self._source, self._cells)
         if not report.can_grow:
             return report
         return replace(report, more=_questions_missing(gains, accuracy, terms, report.alpha))

@@ -149,6 +149,8 @@ class GateReport:
     gains: list[float] | None = None  # points of AFS of each question, from which p follows; None in a sequence
     more: int | None = None  # further questions that would likely decide, if undecided; None if unknown
     sequence: SequenceReport | None = None  # of a sequential judgement
+    models_left_out: list[str] = field(default_factory=list)  # recorded on its split, but not chosen
+    benchmarks_left_out: list[str] = field(default_factory=list)  # of the judged models
 
     def with_conditions(self, conditions: list[Condition]) -> GateReport:
         """Return the report with these conditions and the verdict that follows from them."""

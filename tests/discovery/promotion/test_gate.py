@@ -46,6 +46,7 @@ from discovery.promotion.comparison import Comparison
 from discovery.promotion.conditions import GateTerms
 from discovery.promotion.gate import GateJob, run_gate
 from discovery.promotion.ledger import Ledger, fingerprint
+from discovery.promotion.requirements import judged_models
 from discovery.promotion.verdict import (
     GateReport,
     GateVerdict,
@@ -593,6 +594,44 @@ def test_a_gate_for_one_model_judges_that_models_questions_and_says_so(tmp_path:
     assert [line.model for line in Ledger(given.ledger).judgements()] == ["n", "m", ""]
     with pytest.raises(RecordingsNotFound, match="no recordings of model 'third'"):
         replace(given, model="third").run()
+
+
+def test_a_report_says_which_recorded_models_and_benchmarks_its_selection_leaves_out(tmp_path: Path) -> None:
+    given = order(tmp_path)
+    extra = [replace(one, benchmark="c") for one in recorded(Split.VALIDATION, SHORTER, LONGER, questions=3)]
+    extra += [replace(one, benchmark="d", split=Split.HELD_OUT) for one in extra if one.model == "m"]
+    with (tmp_path / "recordings.jsonl").open("a") as file:
+        file.writelines(map(format_recording_line, extra))
+    chosen = {"all": given, "models": replace(given, models="n"), "benchmarks": replace(given, benchmarks="b")}
+    reports = {name: job.run() for name, job in chosen.items()}
+    left_out = {name: (report.models_left_out, report.benchmarks_left_out) for name, report in reports.items()}
+    assert left_out == {"all": ([], []), "models": (["m"], []), "benchmarks": ([], ["d"])}
+    judged = {name: judged_models(report.as_json()) for name, report in reports.items()}
+    assert judged == {"all": [], "models": ["n"], "benchmarks": ["m", "n"]}
+    lines = [line.report["models_left_out"] for line in Ledger(given.ledger).judgements()]
+    assert lines == [report.models_left_out for report in reports.values()]
+
+
+def test_a_verdict_of_the_ledger_is_about_the_model_that_is_asked_for(tmp_path: Path) -> None:
+    given = order(tmp_path)
+    asked = [replace(given, models="n"), replace(given, model="n"), replace(given, models="n")]
+    reports = [job.run() for job in asked]
+    assert [(report.model, report.models_left_out) for report in reports] == [("", ["m"]), ("n", ["m"]), ("", ["m"])]
+    assert [judged_models(report.as_json()) for report in reports] == [["n"]] * 3
+    only = "".join(format_recording_line(one) for one in FEW.recordings if one.model == "n")
+    (tmp_path / "recordings.jsonl").write_text(only)
+    every = given.run()  # the only recorded model is every model
+    assert (every.model, every.models_left_out, every.delta_afs) == ("", [], reports[0].delta_afs)
+    assert len(Ledger(given.ledger).judgements()) == 1
+
+
+def test_an_earlier_report_without_a_selection_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    report = judged({"m": SPREAD})
+    earlier = {name: value for name, value in report.as_json().items() if not name.endswith("_left_out")}
+    assert report_of(earlier) == report
+    assert judged_models(earlier) == []
+    _show(replace(report, models_left_out=["n"]))
+    assert "judged on a selection (models_left_out: n): promote it with --model only" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("harm", ["changed", "dropped", "nonsense", "binary"])

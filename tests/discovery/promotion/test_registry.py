@@ -11,7 +11,7 @@ import pytest
 
 from controllers.loading import Spec
 from controllers.rollout_state import RolloutStage, RolloutState
-from discovery.commands.promote import card_of, install
+from discovery.commands.promote import card_of, install, promote_known
 from discovery.errors import PromotionError, RegistryAway
 from discovery.promotion.registry import ChangeCause, Registry
 from discovery.promotion.requirements import check_models
@@ -393,7 +393,7 @@ def test_a_passed_gate_report_is_stored_on_the_card(registry: Registry, tmp_path
     assert (card["headline"], card["report"]["verdict"], card["forced"]) == ("better by 2", "promote", False)
 
 
-def passed(folder: Path, model: str = "") -> Path:
+def passed(folder: Path, model: str = "", **more: Any) -> Path:
     """Write a report of the gate, on all models or on one, and return its path."""
     path = folder / "report.json"
     report = {
@@ -403,8 +403,28 @@ def passed(folder: Path, model: str = "") -> Path:
         "model": model,
         "cells": HELD_OUT_CELLS,
     }
-    path.write_text(json.dumps(report))
+    path.write_text(json.dumps(report | more))
     return path
+
+
+@pytest.mark.parametrize("field", ["models_left_out", "benchmarks_left_out"])
+def test_a_report_on_a_selection_is_for_the_judged_models_only(registry: Registry, tmp_path: Path, field: str) -> None:
+    left_out: dict[str, Any] = {field: ["other", "third"]}
+    card = card_of(spec(1), passed(tmp_path, **left_out))
+    message = rf"on model m only, not on all models \({field}: other, third\); give --model, or run the gate without"
+    with pytest.raises(PromotionError, match=message):
+        install(registry, spec(1), card, RolloutStage.SHADOW, 0, ME)
+    with pytest.raises(PromotionError, match="not on other"):
+        install(registry, spec(1), card, RolloutStage.SHADOW, 0, ME, "other")
+    install(registry, spec(1), card, RolloutStage.CHAMPION, 0, ME, "m")
+    with pytest.raises(PromotionError, match=message):
+        promote_known(registry, spec(1).digest, RolloutStage.CHAMPION, 0, ME)
+
+
+def test_a_sequence_on_one_of_several_benchmarks_is_for_all_models(registry: Registry, tmp_path: Path) -> None:
+    looked = passed(tmp_path, benchmarks_left_out=["other"], sequence={"look": 1})
+    install(registry, spec(1), card_of(spec(1), looked), RolloutStage.CHAMPION, 0, ME)
+    assert "models" not in registry.card(spec(1).digest)
 
 
 def test_a_report_on_one_model_is_for_that_model_only(registry: Registry, tmp_path: Path) -> None:

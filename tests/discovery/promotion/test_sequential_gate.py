@@ -38,13 +38,17 @@ def recorded(count: int, split: Split = Split.HELD_OUT, start: int = 0, better: 
 
 
 def look(
-    recordings: Sequence[RecordedQuestion], ledger: Path, split: Split = Split.HELD_OUT, **changes: Any
+    recordings: Sequence[RecordedQuestion],
+    ledger: Path,
+    split: Split = Split.HELD_OUT,
+    models: str = "",
+    **changes: Any,
 ) -> GateReport:
     source = Given(*recordings)
     about: dict[str, Any] = {"terms": GateTerms(bound=100), "shuffles": 1, "finalist": SHORTEST} | changes
     return run_sequential_gate(
         source,
-        [cell for cell in source.cells() if cell.split is split],
+        [cell for cell in source.cells() if cell.split is split and cell.model in (models or cell.model)],
         Comparison(
             champion=VOTES,
             engine=make_engine(EngineName.LOCAL),
@@ -107,6 +111,15 @@ def test_curves_come_from_the_other_splits_if_they_have_enough_questions(tmp_pat
     assert (report.questions, sequence(report).axis_questions) == (8, [])
     report = look([*recorded(12), *others[:3]], tmp_path / "other")
     assert (report.questions, len(sequence(report).axis_questions)) == (12 - AXIS_QUESTIONS, AXIS_QUESTIONS)
+
+
+def test_a_look_says_which_models_its_selection_leaves_out(tmp_path: Path) -> None:
+    both = [*recorded(14), *(replace(item, model="other") for item in recorded(14))]
+    report = look(both, tmp_path / "ledger", models="m")
+    assert (report.models_left_out, report.benchmarks_left_out) == (["other"], [])
+    (line,) = Ledger(tmp_path / "ledger").judgements()
+    assert line.report["models_left_out"] == ["other"]
+    assert look(recorded(14), tmp_path / "ledger").models_left_out == []  # nothing else is recorded any more
 
 
 def test_a_question_with_missing_branches_waits(tmp_path: Path) -> None:
