@@ -99,6 +99,8 @@ NOT_RUN: Final = {
     ),
     "autotts gate short_m_at_k --champion cmc --recordings ../shared/replay/autotts "
     "--models Qwen3-1.7B,Qwen3-4B,Qwen3-8B --shuffles 10 --ledger gate.jsonl": "needs the public recordings",
+    "autotts gate short_m_at_k --champion cmc --recordings ../shared/replay/autotts --models Qwen3-1.7B,Qwen3-8B "
+    "--shuffles 4 --plan": "needs the public recordings",
     "autotts calibrate --recordings boinf.db --controllers adaptive_consistency,short_m_at_k,esc --answers canonical "
     "--shuffles 5 --compare --out boinf.json": "needs the public recordings",
     "autotts calibrate --recordings ../shared/replay/autotts --controllers adaptive_consistency,short_m_at_k,cmc "
