@@ -260,7 +260,7 @@ def _describe_look(report: GateReport) -> str:
 
 def _describe_more(report: GateReport) -> str:
     if report.more is None:
-        return "more questions are unlikely to decide, because the observed gain is too small"
+        return "more questions are unlikely to decide: see the conditions that are not met"
     return f"if the observed gain is real, about {report.more:,} more questions would decide"
 
 

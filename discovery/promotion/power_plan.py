@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from discovery.data.atomic_files import atomic_write, json_object
 from discovery.data.recordings import Cell, RecordedQuestion, Split
 from discovery.errors import GateError
-from discovery.evaluation.evaluate import scorable_recordings
+from discovery.evaluation.evaluate import each_scorable, scorable_recordings
 from discovery.evaluation.paired_statistics import (
     detectable_mean,
     question_values,
@@ -209,18 +209,23 @@ def make_plan(
 
 
 def _unsealed(source: RecordingSource, cells: Sequence[Cell]) -> dict[Cell, list[RecordedQuestion]]:
-    """Return the scorable recordings of the search and validation splits, merged by model and benchmark."""
+    """Return the scorable recordings of the search and validation splits, merged by model and benchmark.
+
+    Cells of which nothing can be scored are left out, as by the gate.
+    """
     recordings: dict[Cell, list[RecordedQuestion]] = {}
-    for cell in cells:
-        if cell.split is not Split.HELD_OUT:
-            merged = cell._replace(split=Split.SEARCH)
-            items = [replace(item, split=Split.SEARCH) for item in scorable_recordings(source, cell)]
-            recordings.setdefault(merged, []).extend(items)
-    count = min(map(len, recordings.values()), default=0)
+    unsealed = [cell for cell in cells if cell.split is not Split.HELD_OUT]
+    for cell, scorable in each_scorable(unsealed, lambda cell: scorable_recordings(source, cell)):
+        items = [replace(item, split=Split.SEARCH) for item in scorable]
+        recordings.setdefault(cell._replace(split=Split.SEARCH), []).extend(items)
+    fewest = min(recordings, key=lambda cell: len(recordings[cell]), default=None)
+    count = 0 if fewest is None else len(recordings[fewest])
     if count < FEWEST_QUESTIONS:
+        where = "" if fewest is None else f" of {fewest.model} {fewest.benchmark}"
+        others = "; leave it out with --models or --benchmarks" if len(recordings) > 1 else ""
         raise GateError(
             f"a plan needs recordings of at least {FEWEST_QUESTIONS} questions of the search and validation splits, "
-            f"not {count}; held-out questions are not opened for it"
+            f"not {count}{where}; held-out questions are not opened for it{others}"
         )
     return recordings
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from discovery.data.recordings import Cell, RecordedQuestion, Split
-from discovery.errors import GateError
+from discovery.errors import GateError, RecordingsNotFound
 from discovery.evaluation.evaluate import read_scorable, scorable_recordings
 from discovery.evaluation.score_set import ScoreSet
 from discovery.evaluation.sources import RecordingSource
@@ -211,7 +211,7 @@ class _Look:
                 item
                 for other in others
                 if other in available and other.split is not Split.HELD_OUT
-                for item in scorable_recordings(self._source, other)
+                for item in _scorable_or_none(self._source, other)
                 if len(item.branches) >= branches and item.question[:16] not in self._branches_by_id
             ]
             items.sort(key=lambda item: item.question)
@@ -272,6 +272,14 @@ class _Look:
             questions = [] if state is None else [*state.gains, *state.axis_questions]
             self._comparison.record(self._ledger, report, questions, self._id)
         return report
+
+
+def _scorable_or_none(source: RecordingSource, cell: Cell) -> list[RecordedQuestion]:
+    """Return the scorable recordings of a cell of another split; empty if nothing of it can be scored."""
+    try:
+        return scorable_recordings(source, cell)
+    except RecordingsNotFound:
+        return []
 
 
 def _value_questions(measured: ScoreSet, axes: Mapping[str, Sequence[CurveAxis]], beta: float) -> Gains:

@@ -341,6 +341,15 @@ def test_an_undecided_verdict_says_how_many_more_questions_it_takes() -> None:
     assert judged({"m": SPREAD}).more is None  # promoted
 
 
+def test_an_undecided_verdict_on_a_significant_gain_blames_no_small_gain(capsys: pytest.CaptureFixture[str]) -> None:
+    report = judged({"m": 20, "n": -1})
+    assert ([one.name for one in report.failed], report.more) == (["models"], None)
+    _show(report)
+    output = capsys.readouterr().out
+    assert "more questions are unlikely to decide: see the conditions that are not met" in output
+    assert "too small" not in output
+
+
 def test_a_gain_without_variance_is_promoted() -> None:
     report = judged({"m": 20})
     assert (report.verdict, report.mde) == (GateVerdict.PROMOTE, 0)

@@ -189,6 +189,13 @@ def test_a_plan_reads_no_held_out_question_and_takes_the_next_level(tmp_path: Pa
     assert plan.recommended is None or plan.recommended.branches == 16
 
 
+def test_a_plan_leaves_out_the_live_requests_of_a_proxy(caplog: pytest.LogCaptureFixture) -> None:
+    live = [replace(item, benchmark="live", reference=None) for item in recorded(6, Split.SEARCH)]
+    source = Guarded(*recorded(12, Split.SEARCH), *live)
+    assert make_plan(compared(orders=2), source, source.cells(), None).measured_questions == 12
+    assert "left out: m live search" in caplog.text
+
+
 def test_how_many_unrecorded_branches_would_be_opened_is_not_guessed() -> None:
     source = Guarded(*recorded(12, Split.SEARCH))
     terms = compared(orders=2)
@@ -202,6 +209,11 @@ def test_how_many_unrecorded_branches_would_be_opened_is_not_guessed() -> None:
     [
         (recorded(4, Split.SEARCH), compared(), "at least 5 questions of the search and validation splits, not 4"),
         (recorded(9, Split.HELD_OUT), compared(), "not 0; held-out questions are not opened for it"),
+        (
+            [*recorded(9, Split.SEARCH), *(replace(item, benchmark="live") for item in recorded(3, Split.SEARCH))],
+            compared(),
+            "not 3 of m live; held-out questions are not opened for it; leave it out with --models or --benchmarks",
+        ),
         (recorded(9, Split.SEARCH, branches=3), compared(), "3 branches per question are too few"),
         (recorded(9, Split.SEARCH), compared(orders=3), "an even number of branch orders, not 3"),
         (recorded(9, Split.SEARCH), compared(gain=0), "gain 0 must be above 0 points"),

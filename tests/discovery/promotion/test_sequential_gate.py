@@ -109,8 +109,10 @@ def test_curves_come_from_the_other_splits_if_they_have_enough_questions(tmp_pat
     others = [*recorded(6, Split.SEARCH), *recorded(6, Split.VALIDATION)]
     report = look([*recorded(8), *others], tmp_path / "ledger")
     assert (report.questions, sequence(report).axis_questions) == (8, [])
-    report = look([*recorded(12), *others[:3]], tmp_path / "other")
-    assert (report.questions, len(sequence(report).axis_questions)) == (12 - AXIS_QUESTIONS, AXIS_QUESTIONS)
+    unknown = [replace(item, reference=None) for item in others]
+    for number, too_few in enumerate((others[:3], unknown)):
+        report = look([*recorded(12), *too_few], tmp_path / f"other{number}")
+        assert (report.questions, len(sequence(report).axis_questions)) == (12 - AXIS_QUESTIONS, AXIS_QUESTIONS)
 
 
 def test_a_look_says_which_models_its_selection_leaves_out(tmp_path: Path) -> None:
