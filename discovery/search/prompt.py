@@ -118,7 +118,8 @@ Helpers:
   highest counts; `confidence(first, second)`: from two counts, the probability from 0 to 1 that the leader is right
 - `softmax(scores, scale)`: weights exp(score / scale), where a score may be None; `weighted_votes(labels, weights)`:
   weighted counts by label, scaled so that they tell as much as that many equal votes
-- `bayes_factor(counts)`, `is_certified(votes, error)`: tests that the leader is the model's most frequent answer
+- `bayes_factor(counts)`, `is_certified(counts, error)`: tests that the leader is the model's most frequent answer;
+  `counts` is `state.votes.values()`, in its order; a mapping raises TypeError
 - `linear(low, high, beta)`: from low to high; `doubling(high, beta)`: from 1 to high geometrically, rounded
 
 A complete file:

@@ -73,6 +73,14 @@ def test_watching_every_vote_certifies_a_wrong_mode_less_often_than_promised(cha
     assert wrong <= error * episodes
 
 
+def test_votes_by_label_are_refused_where_counts_are_needed() -> None:
+    votes = {0: 1, 1: 9}
+    with pytest.raises(TypeError, match=r"counts must be vote counts such as state\.votes\.values\(\), not a mapping"):
+        bayes_factor(votes)
+    with pytest.raises(TypeError, match="not a mapping"):
+        is_certified(votes, 0.05)
+
+
 def test_a_clear_mode_is_certified_soon() -> None:
     rng = random.Random(4)
     needed = []
