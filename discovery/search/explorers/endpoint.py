@@ -29,6 +29,10 @@ SECRET: Final = 12
 """Minimum characters of a key that is redacted; short ones like `EMPTY`, used for local servers, are not secret."""
 OVERHEAD: Final = 64
 """Maximum tokens a chat template adds per message."""
+LIMITS: Final = ("max_tokens", "max_completion_tokens")
+"""Fields of a request that limit the tokens of a reply, from which its worst case is computed."""
+REPEATS: Final = ("n", "best_of")
+"""Fields of a request that multiply its cost."""
 
 Messages = Sequence[Mapping[str, str]]
 Sleep = Callable[[float], None]
@@ -67,6 +71,14 @@ class LLMSettings(BaseModel):
             raise ValueError("models: weights must be at least 0 and not all 0")
         if any(price < 0 for pair in self.prices.values() for price in pair):
             raise ValueError("prices: must be at least 0")
+        for name in LIMITS:
+            if name in self.extra:
+                raise ValueError(
+                    f"extra: {name} is not allowed there; set `max_tokens`, and `limit` for the field's name"
+                )
+        for name in REPEATS:
+            if self.extra.get(name, 1) != 1:
+                raise ValueError(f"extra: {name} must be 1, because one reply is read and budgeted; set `proposals`")
         missing = sorted(set(self.models) - set(self.prices))
         if self.usd is not None and missing:
             raise ValueError(

@@ -363,6 +363,9 @@ def test_failed_calls_and_calls_of_unknown_cost_count_against_the_budget(
         ({"prices": {}, "usd": 1}, "a price for every model; prices are missing for m"),
         ({"base_url": "ftp://x"}, "base_url"),
         ({"modles": {}}, "modles"),
+        ({"extra": {"n": 4}}, "extra: n must be 1"),
+        ({"extra": {"best_of": 2}}, "extra: best_of must be 1"),
+        ({"extra": {"max_completion_tokens": 10**6}}, "extra: max_completion_tokens is not allowed there"),
     ],
 )
 def test_invalid_settings_are_refused_without_showing_the_key(changes: dict[str, Any], message: str) -> None:
