@@ -226,7 +226,7 @@ def _show(report: GateReport) -> None:
         console.print("this verdict promotes nothing: searches may have seen the questions", style="yellow")
     if left_out := left_out_by(report.as_json()):
         console.print(
-            f"judged on a selection ({left_out}): promote it with --model only, not for all models",
+            f"judged on a selection ({left_out}): it can be promoted with --model only, not for all models",
             style="yellow",
             markup=False,
             highlight=False,

@@ -111,7 +111,9 @@ NOT_RUN: Final = {
     "autotts discover --recordings ../shared/replay/autotts --explorer grammar --minutes 20 --probe-tokens 20 "
     "--benchmarks aime24 --workers 1 --seed 1": "searches for twenty minutes on the public recordings",
     "autotts discover --recordings ../shared/replay/autotts --explorer grammar --minutes 20 --probe-tokens 20 "
-    "--seed 1": "needs the public recordings and 20 minutes",
+    "--no-kernel --harm 0 --seed 1": "needs the public recordings and 20 minutes",
+    "autotts gate controllers/discovered/lockstep_lead.py --champion cmc --recordings ../shared/replay/autotts "
+    "--shuffles 10 --ledger gate.jsonl": "needs the public recordings",
     "autotts discover --recordings autotts.db --explorer llm --llm llm.json --rounds 20 --budget-usd 5 --out run-llm": (
         "needs a key; tests/discovery/search/test_explorers.py runs it against a fake endpoint"
     ),

@@ -640,7 +640,7 @@ def test_an_earlier_report_without_a_selection_is_read(capsys: pytest.CaptureFix
     assert report_of(earlier) == report
     assert judged_models(earlier) == []
     _show(replace(report, models_left_out=["n"]))
-    assert "judged on a selection (models_left_out: n): promote it with --model only" in capsys.readouterr().out
+    assert "judged on a selection (models_left_out: n): it can be promoted with --model only" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("harm", ["changed", "dropped", "nonsense", "binary"])
