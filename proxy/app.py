@@ -19,7 +19,6 @@ from discovery.errors import DiscoveryError
 from discovery.evaluation import calibration
 from discovery.evaluation.calibration import Calibrations
 from proxy.admission.auth import Access, Authenticator
-from proxy.admission.request_slot import with_leases
 from proxy.api.error_responses import ErrorResponses
 from proxy.api.openapi import package_version
 from proxy.api.routes import ROUTES, Endpoint, Endpoints, Route
@@ -27,6 +26,7 @@ from proxy.api.service import Service
 from proxy.errors import ApiError, SettingsError
 from proxy.gateway_headers import keep_gateway_headers
 from proxy.http.access_log import AccessLogMiddleware
+from proxy.http.leases import with_leases
 from proxy.http.origins import with_cors
 from proxy.http.request import IndexedRequest, PlainState
 from proxy.http.sse import ClientDisconnected

@@ -10,7 +10,6 @@ from typing import Any, Final, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from proxy.admission.auth import Caller
 from proxy.admission.fair_queue import FairQueue, Permit, QueueFull
@@ -34,7 +33,7 @@ from proxy.admission.usage_meter import (
     last_reported_tokens,
 )
 from proxy.admission.usage_tally import KeyTally, UsageTally
-from proxy.errors import TooMany, UpstreamCircuitOpen, UpstreamUnreachable
+from proxy.errors import TooMany
 from proxy.http.leases import Leases
 from proxy.http.sse import StreamedResponse
 from proxy.requests.generation_request import GenerationRequest
@@ -42,20 +41,15 @@ from proxy.settings import Settings
 from proxy.telemetry.metrics import Metrics
 from proxy.types import Model
 from proxy.upstream.body_tap import BodySink, BodySource, nothing
+from proxy.upstream.relayed_body import RelayedBody
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound="RequestSlot")
 
 _REDIRECTION: Final = int(HTTPStatus.MULTIPLE_CHOICES)
-_NOTHING_GENERATED: Final = frozenset(
-    {
-        *range(_REDIRECTION, HTTPStatus.INTERNAL_SERVER_ERROR),
-        int(HTTPStatus.BAD_GATEWAY),
-        int(HTTPStatus.SERVICE_UNAVAILABLE),
-    }
-)
-"""Statuses that mean that nothing was generated."""
+_REFUSALS: Final = range(_REDIRECTION, HTTPStatus.INTERNAL_SERVER_ERROR)
+"""Statuses of requests for which nothing was generated. RelayedBody knows about those that were not processed."""
 
 
 class RequestSlot:
@@ -109,7 +103,7 @@ class RequestSlot:
 
 
 class PassthroughSlot(RequestSlot):
-    """Slot of a forwarded request. Once the request is sent, its bound is due until the reply shows a lower cost."""
+    """Slot of a forwarded request. Once it is sent, its bound is due, unless the reply shows a lower cost."""
 
     def __init__(
         self,
@@ -125,18 +119,17 @@ class PassthroughSlot(RequestSlot):
         self._bound = bound
         self._count: Callable[[int, str], object] | None = count  # called once with the cost and its kind
 
-    async def metered(self, response: Awaitable[Response]) -> Response:
-        """Await the upstream's `response`, and return it, changed so that its end settles the cost."""
-        self.due = self._bound.max_tokens or 0
+    async def metered(self, response: Awaitable[Response], body: RelayedBody) -> Response:
+        """Await the upstream's `response` to `body`, and return it, changed so that its end settles the cost."""
+        bound = self._bound.max_tokens or 0
         try:
             answered = await response
-        except (UpstreamUnreachable, UpstreamCircuitOpen):
-            self.due = 0
+        except BaseException:
+            self.due = bound if body.is_sent else 0
             raise
         status = answered.status_code
-        if status in _NOTHING_GENERATED:
-            self.due = 0
-        elif self.due and isinstance(answered, StreamedResponse) and status < _REDIRECTION:
+        self.due = bound if body.is_sent and status not in _REFUSALS else 0
+        if self.due and isinstance(answered, StreamedResponse) and status < _REDIRECTION:
             bounded = BoundedReplyMeter(self._bound, is_stream=_is_event_stream(answered))
             answered.source = _metered(answered.source, self, bounded)
         if self.caps.tokens is None and isinstance(answered, StreamedResponse):
@@ -327,29 +320,6 @@ class RequestSlots:
             "since_start": self.tally.total.as_json(),
         }
         return {"all": total, "keys": {name: usage(name, caps) for name, caps in callers.items()}}
-
-
-class LeaseResponse(Response):
-    """Response that releases the leases of its request once it is sent or has failed."""
-
-    def __init__(self, response: Response, leases: Leases) -> None:
-        self.response = response
-        self.leases = leases
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self.leases:
-            await self.response(scope, receive, send)
-
-
-async def with_leases(request: Request, endpoint: Callable[[Request], Awaitable[Response]]) -> LeaseResponse:
-    """Call an endpoint. The leases of its request are released once the response is sent, or if there is none."""
-    leases = request.state.leases = Leases()
-    try:
-        response = await endpoint(request)
-    except BaseException:
-        leases.close()
-        raise
-    return LeaseResponse(response, leases)
 
 
 def _budget_state(error: BudgetExceeded) -> str:

@@ -28,6 +28,7 @@ from proxy.telemetry.metrics import Metrics
 from proxy.types import EffectiveBeta, Model
 from proxy.upstream.fleet.affinity import affinity_key, body_key
 from proxy.upstream.fleet.interface import Upstream
+from proxy.upstream.relayed_body import RelayedBody
 
 _FAILURE: Final = int(HTTPStatus.INTERNAL_SERVER_ERROR)
 
@@ -104,13 +105,13 @@ class ForwardEndpoints:
     ) -> Response:
         service = self._service
         slot = await service.request_slots.acquire_passthrough(request, model, bound)
-        body = request.state.caller.with_cache_salt(body)
+        relayed = RelayedBody(request.state.caller.with_cache_salt(body))
 
         async def work() -> Response:
             await slot.__aenter__()
             in_pieces = bool(slot.caps.tokens)
-            forwarding = forward(engine, request, body, headers, content_type, in_pieces=in_pieces, model=model)
-            return await slot.metered(forwarding)
+            forwarding = forward(engine, request, relayed, headers, content_type, in_pieces=in_pieces, model=model)
+            return await slot.metered(forwarding, relayed)
 
         with DisconnectCounter(service.metrics, model):
             response = await cancel_on_disconnect(request.receive, work())

@@ -11,6 +11,7 @@ from proxy.errors import NotFound
 from proxy.passthrough.forward import forward
 from proxy.requests.beta import alias_card
 from proxy.types import ALIAS_BETAS
+from proxy.upstream.relayed_body import RelayedBody
 
 
 class ModelEndpoints:
@@ -24,7 +25,7 @@ class ModelEndpoints:
         engine = self._service.engine
         has_aliases = self._service.settings.model_aliases
         if not has_aliases and not engine.replica_states():
-            return await forward(engine, request, b"", untouched_headers("endpoint"))
+            return await forward(engine, request, RelayedBody(b""), untouched_headers("endpoint"))
         cards = await engine.model_cards()
         aliases = [alias_card(card, beta) for card in cards for beta in ALIAS_BETAS] if has_aliases else []
         return JSONResponse({"object": "list", "data": [*cards, *aliases]}, headers=untouched_headers("endpoint"))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from typing import Any, Literal
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 
 class Leases(ExitStack):
@@ -33,3 +37,26 @@ class Leases(ExitStack):
             except BaseException:
                 self.close()
                 raise
+
+
+class LeaseResponse(Response):
+    """Response that releases the leases of its request once it is sent or has failed."""
+
+    def __init__(self, response: Response, leases: Leases) -> None:
+        self.response = response
+        self.leases = leases
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.leases:
+            await self.response(scope, receive, send)
+
+
+async def with_leases(request: Request, endpoint: Callable[[Request], Awaitable[Response]]) -> LeaseResponse:
+    """Call an endpoint. The leases of its request are released once the response is sent, or if there is none."""
+    leases = request.state.leases = Leases()
+    try:
+        response = await endpoint(request)
+    except BaseException:
+        leases.close()
+        raise
+    return LeaseResponse(response, leases)

@@ -16,6 +16,7 @@ from proxy import errors
 from proxy.http.sse import StreamedResponse
 from proxy.upstream.body_tap import BodySink, stream_body
 from proxy.upstream.fleet.interface import Upstream
+from proxy.upstream.relayed_body import RelayedBody
 from proxy.upstream.response_body import read_short_body
 
 POST_PATHS: Final = (
@@ -63,7 +64,7 @@ MAX_BUFFERED_BYTES: Final = 64 * 2**10
 async def forward(
     engine: Upstream,
     request: Request,
-    body: bytes,
+    body: RelayedBody,
     headers: Mapping[str, str],
     content_type: str | None = None,
     *,

@@ -14,9 +14,9 @@ from starlette.responses import Response
 from starlette.types import Message
 
 from proxy.admission.auth import Access, Caller
-from proxy.admission.request_slot import with_leases
 from proxy.api.routes import ROUTES, Route
 from proxy.errors import UnsupportedMedia
+from proxy.http.leases import with_leases
 from proxy.http.origins import is_json
 from proxy.ui.page import PageContext
 

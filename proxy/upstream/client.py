@@ -42,6 +42,7 @@ from proxy.upstream.completion_stream import (
 from proxy.upstream.connections.pooled_request import UpstreamResponse
 from proxy.upstream.detokeniser import MOST_SUFFIXES, BoundedCache, TokenEndings
 from proxy.upstream.load_metrics import UpstreamLoad, parse_load
+from proxy.upstream.relayed_body import RelayedBody
 from proxy.upstream.response_body import BYTES_PER_ID, MAX_PAGE_BYTES, MIN_BODY_BYTES, BodyTooLong, read_body
 from proxy.upstream.transport import UpstreamTransport
 from proxy.upstream_observer import UpstreamObserver
@@ -372,14 +373,11 @@ class UpstreamClient:
     # Pass-through
 
     def relay(
-        self, method: str, path: str, body: bytes, headers: Mapping[str, str], model: str = ""
+        self, method: str, path: str, body: RelayedBody, headers: Mapping[str, str], model: str = ""
     ) -> AbstractAsyncContextManager[UpstreamResponse]:
-        """Return a context manager around the upstream's unchanged response, whatever its status.
-
-        Leaving it aborts the request. The observer counts it as a generation of `model`, unless that is empty.
-        """
+        """Return a context manager around the upstream's unchanged response. Leaving it aborts the request."""
         own = {**headers, **gateway_headers(), **self._session}
-        return self._transport.request(method, path, encode=lambda: body, headers=own, generated_by=model)
+        return self._transport.request(method, path, headers=own, generated_by=model, relayed=body)
 
 
 def _chat_json(fields: Mapping[str, Any], messages: bytes) -> bytes:

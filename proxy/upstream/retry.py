@@ -1,9 +1,9 @@
 """Retry policy: which upstream requests are retried, after which pauses, and how often.
 
-A request is retried only if the upstream did no work for it. That is so if it could not be reached, if it closed the
-connection without a response, or if its status says that the request was not processed. Retries stop when the circuit
-breaker opens, and a budget limits them to a share of all requests. Health checks are never retried. `transport.py`
-applies this policy.
+A request is retried if it could not be sent, if its status says that the upstream did not process it, or if the
+connection closed without a response, as when the upstream is restarted. It is not retried after 504: a gateway sends
+that while the upstream works on the request. Retries stop when the circuit breaker opens, and a budget limits them to a
+share of all requests. Health checks are never retried. `transport.py` applies this policy.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import aiohttp
 
 RETRY_PAUSES_S: Final = (0.05, 0.5)
 """Seconds before the first and the second retry. There is no third."""
-UNPROCESSED_STATUSES: Final = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
+UNPROCESSED_STATUSES: Final = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
 """Statuses that say the upstream did not process the request."""
+UNSENT_ERRORS: Final = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+"""Errors of a request for which there was no connection."""
 NO_RESPONSE_ERRORS: Final = (
     aiohttp.ClientConnectorError,
     aiohttp.ClientOSError,

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from copy import copy
+from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from types import MappingProxyType
@@ -35,6 +36,7 @@ from proxy.upstream import retry
 from proxy.upstream.circuit_breaker import BackgroundBreaker, Breaker
 from proxy.upstream.connections.pooled_request import PooledRequests, UpstreamResponse
 from proxy.upstream.health_check import HealthCheck, is_failure
+from proxy.upstream.relayed_body import RelayedBody
 from proxy.upstream.response_body import MAX_PAGE_BYTES, parse_object, read_body
 from proxy.upstream_observer import ObservedRequest, UpstreamObserver
 
@@ -145,14 +147,17 @@ class UpstreamTransport:
         encode: Callable[[], bytes] | None = None,
         headers: Mapping[str, str] = MappingProxyType({}),
         generated_by: str = "",
+        relayed: RelayedBody | None = None,
     ) -> _Exchange:
         """Return a context manager around the upstream's response. Leaving it closes an unread response.
 
         A check is not retried, does not count for the circuit breaker and is not observed. `is_generation` says that a
         success proves to the breaker that the upstream generates, and so does `generated_by`: the model of a generation
         that is passed through, which the observer counts by its outcome. `encode` builds the body. It is called for
-        each attempt, so that a large body is not kept until the response ends.
+        each attempt, so that a large body is not kept until the response ends. `relayed` is a body that is passed
+        through: it builds itself, and learns of each attempt that fails.
         """
+        encode = encode if relayed is None else relayed.encode
         if is_check or self._pooled is None:
             timeouts = self._check_timeout if is_check else self._timeout
             send = partial(self._send_request, method, path, encode, headers=headers, timeouts=timeouts)
@@ -160,7 +165,7 @@ class UpstreamTransport:
             send = partial(self._pooled.send, method, path, encode, headers=headers)
         observed_path = path if is_observed and not is_check else ""
         is_generation = is_generation or bool(generated_by)
-        return _Exchange(self, send, is_check, is_generation, method, observed_path, generated_by)
+        return _Exchange(self, send, is_check, is_generation, method, observed_path, generated_by, relayed)
 
     async def _send_request(
         self,
@@ -193,12 +198,7 @@ class UpstreamTransport:
         encode = None if body is None else lambda: body
         headers = {} if body is None else {"content-type": "application/json"}
         async with self.request(
-            method,
-            path,
-            is_check=is_check,
-            is_observed=is_observed,
-            encode=encode,
-            headers=headers,
+            method, path, is_check=is_check, is_observed=is_observed, encode=encode, headers=headers
         ) as response:
             await self.raise_for_status(response)
             reply = self.parse(await read_body(response, max_bytes, self.read_timeout_s))
@@ -206,7 +206,7 @@ class UpstreamTransport:
                 raise self.refusal(response.status, reply)
         return reply
 
-    async def send(self, send: _Send, *, is_check: bool) -> UpstreamResponse:
+    async def send(self, send: _Send, *, is_check: bool, relayed: RelayedBody | None) -> UpstreamResponse:
         """Send a request and return the response, with its body unread. Retries as `retry.py` says.
 
         Raises UpstreamCircuitOpen, or what aiohttp raises.
@@ -223,7 +223,10 @@ class UpstreamTransport:
                 break
             if not is_check:
                 self.record_failure(failure)
-            if failure is None and response.status not in retry.UNPROCESSED_STATUSES:
+            is_unprocessed = failure is None and response.status in retry.UNPROCESSED_STATUSES
+            if relayed is not None:
+                relayed.note_failure(is_unprocessed=is_unprocessed or isinstance(failure, retry.UNSENT_ERRORS))
+            if failure is None and not is_unprocessed:
                 break
             if pause is None or not self.breaker.is_closed or not self._retry_budget.spend():
                 break
@@ -311,28 +314,20 @@ class UpstreamTransport:
         return UpstreamRefused(status, message, param=param if isinstance(param, str) else None)
 
 
+@dataclass(eq=False)
 class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
     """One request and its response. Its outcome is reported to the circuit breaker and the observer."""
 
-    def __init__(
-        self,
-        transport: UpstreamTransport,
-        send: partial[Any],
-        is_check: bool,
-        is_generation: bool,
-        method: str,
-        observed_path: str,
-        generated_by: str,
-    ) -> None:
-        self._transport = transport
-        self._send = send
-        self._is_check = is_check
-        self._is_generation = is_generation
-        self._method = method
-        self._observed_path = observed_path  # empty if the request is not observed
-        self._generated_by = generated_by  # empty if the request is not counted
-        self._observed: ObservedRequest | None = None
-        self._response: UpstreamResponse | None = None
+    _transport: UpstreamTransport
+    _send: partial[Any]
+    _is_check: bool
+    _is_generation: bool
+    _method: str
+    _observed_path: str  # empty if the request is not observed
+    _generated_by: str  # empty if the request is not counted
+    _relayed: RelayedBody | None
+    _observed: ObservedRequest | None = None
+    _response: UpstreamResponse | None = None
 
     async def __aenter__(self) -> UpstreamResponse:
         if self._observed_path:
@@ -341,7 +336,7 @@ class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
                 self._observed = observed
                 self._send = partial(self._send, headers={**self._send.keywords["headers"], **observed.headers})
         try:
-            self._response = await self._transport.send(self._send, is_check=self._is_check)
+            self._response = await self._transport.send(self._send, is_check=self._is_check, relayed=self._relayed)
         except BaseException as error:
             self._fail(error, is_counted=isinstance(error, retry.NO_RESPONSE_ERRORS))
             raise

@@ -22,6 +22,7 @@ from proxy.types import Call
 from proxy.upstream import retry, transport
 from proxy.upstream.circuit_breaker import FAILURES
 from proxy.upstream.client import MAX_MODELS, UpstreamClient
+from proxy.upstream.relayed_body import RelayedBody
 from proxy.upstream.response_body import MAX_PAGE_BYTES, MIN_BODY_BYTES, LineSplitter, parse_object
 from tests.fakes import MODEL, FakeVLLM, chain
 from tests.proxy.conftest import SMALL, Proxy, backend, proxy
@@ -245,7 +246,7 @@ async def test_an_invalid_http_status_raises_an_error(status: bytes) -> None:
         with pytest.raises(UpstreamError):
             await ASKS["models"](engine)
         with pytest.raises(UpstreamError):
-            async with engine.relay("POST", "/v1/embeddings", b"{}", {}):
+            async with engine.relay("POST", "/v1/embeddings", RelayedBody(b"{}"), {}):
                 raise AssertionError
 
 

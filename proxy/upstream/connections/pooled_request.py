@@ -88,15 +88,21 @@ class PooledRequests:
     ) -> UpstreamResponse:
         """Send a GET or POST and return the response, with its body unread. Raises what aiohttp raises.
 
-        `encode` builds the request's body.
+        `encode` builds the request's body, once there is a connection to send it over.
         """
         connector = self._session.connector
         if connector is None:
             raise RuntimeError("Session is closed")
         template = self._template = self._template or self._create_template()
-        serialised = self._serialise(template, method, path, headers, b"" if encode is None else encode())
+        lines = self._head_lines(template, method, path, headers)
         connection = self._take() or await self._open(connector, template)
-        head = connection.send(serialised)
+        try:
+            body = b"" if encode is None else encode()
+        except BaseException:
+            connection.close()
+            raise
+        length = f"Content-Length: {len(body)}\r\n" if method == "POST" else ""
+        head = connection.send(f"{lines}{length}\r\n".encode() + body)
         timer = asyncio.get_running_loop().call_later(self._timeout.sock_read or 0, connection.expire, head)
         try:
             return await head
@@ -165,10 +171,8 @@ class PooledRequests:
             headers["Authorization"] = aiohttp.encode_basic_auth(url.user or "", url.password or "")
         return _Template("GET", url.with_user(None), loop=loop, headers=headers, session=self._session)
 
-    def _serialise(
-        self, template: aiohttp.ClientRequest, method: str, path: str, headers: Mapping[str, str], body: bytes
-    ) -> bytes:
-        """Return a request's head and body. Its own headers replace those of the template."""
+    def _head_lines(self, template: aiohttp.ClientRequest, method: str, path: str, headers: Mapping[str, str]) -> str:
+        """Return a request's head without the length of its body. Its own headers replace those of the template."""
         names = (method, *headers)
         common = self._heads.get(names)
         if common is None:
@@ -178,9 +182,7 @@ class PooledRequests:
             for name in headers:
                 fixed.popall(name, None)
             common = self._heads[names] = _as_lines(fixed)
-        length = f"Content-Length: {len(body)}\r\n" if method == "POST" else ""
-        head = f"{method} {self._prefix}{path} HTTP/1.1\r\n{common}{length}{_as_lines(headers)}\r\n"
-        return head.encode() + body
+        return f"{method} {self._prefix}{path} HTTP/1.1\r\n{common}{_as_lines(headers)}"
 
 
 def _as_lines(headers: Mapping[str, str]) -> str:

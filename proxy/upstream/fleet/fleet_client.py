@@ -23,6 +23,7 @@ from proxy.upstream.fleet.dns_poller import DnsPoller
 from proxy.upstream.fleet.fleet import MAX_ATTEMPTS, Fleet, is_replica_failure
 from proxy.upstream.fleet.replica import Replica
 from proxy.upstream.load_metrics import UpstreamLoad
+from proxy.upstream.relayed_body import RelayedBody
 from proxy.upstream.retry import UNPROCESSED_STATUSES
 from proxy.upstream_observer import UpstreamObserver
 
@@ -200,11 +201,11 @@ class FleetClient:
 
     @asynccontextmanager
     async def relay(
-        self, method: str, path: str, body: bytes, headers: Mapping[str, str], model: str = ""
+        self, method: str, path: str, body: RelayedBody, headers: Mapping[str, str], model: str = ""
     ) -> AsyncIterator[UpstreamResponse]:
         """Return a context manager around a replica's unchanged response, whatever its status.
 
-        The request goes to another replica only if a replica had not begun a response, or answered 502, 503 or 504.
+        The request goes to another replica only if a replica had not begun a response, or answered 502 or 503.
         """
         await self._resolve()
         tried: list[Replica] = []

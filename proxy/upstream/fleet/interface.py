@@ -11,6 +11,7 @@ from proxy.types import Call, Model, ReplicaStatus
 from proxy.upstream.connections.pooled_request import UpstreamResponse
 from proxy.upstream.detokeniser import TokenEndings
 from proxy.upstream.load_metrics import UpstreamLoad
+from proxy.upstream.relayed_body import RelayedBody
 from proxy.upstream_observer import UpstreamObserver
 
 
@@ -104,7 +105,7 @@ class Upstream(Protocol):
         """Send a chat completion and fill the only output of `call`."""
 
     def relay(
-        self, method: str, path: str, body: bytes, headers: Mapping[str, str], model: str = ""
+        self, method: str, path: str, body: RelayedBody, headers: Mapping[str, str], model: str = ""
     ) -> AbstractAsyncContextManager[UpstreamResponse]:
         """Return a context manager around a server's unchanged response, whatever its status.
 

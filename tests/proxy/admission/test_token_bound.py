@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,6 +32,8 @@ from proxy.requests.parsing import parse_request
 from proxy.requests.responses_request import ResponsesRequest
 from proxy.server import running
 from proxy.settings import EMBEDDED, Settings, load
+from proxy.upstream.connections.pooled_request import PooledRequests
+from proxy.upstream.transport import UpstreamTransport
 from tests.fakes import MAX_LENGTH, MODEL, Chain, FakeVLLM, RawUpstream
 from tests.proxy.admission.test_api_keys import ALICE, BOB, BOSS, ask, bearer
 from tests.proxy.admission.test_token_budget import keyed
@@ -379,6 +382,7 @@ async def test_a_reply_without_usage_is_charged_by_its_status(tmp_path: Path, st
             ) as response:
                 assert response.status == status
             assert await spent(http, url) == (booked, booked)
+    assert len(upstream.seen) == (2 if status in (502, 503) else 1)  # only an unprocessed request is sent again
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -398,7 +402,11 @@ async def test_a_disconnected_client_is_charged_for_tokens_that_may_have_been_ge
             assert await spent(http, url) == (booked, booked)
 
 
-async def test_a_request_to_an_unreachable_upstream_is_not_charged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_pooled", [True, False])
+async def test_a_request_to_an_unreachable_upstream_is_not_charged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_pooled: bool
+) -> None:
+    monkeypatch.setattr("proxy.upstream.transport.has_tested_internals", lambda _: is_pooled)
     async with RawUpstream([b"{}"]).serve() as upstream:
         settings = before(upstream, tmp_path, tokens_per_minute=4000)
         async with running(settings) as url, aiohttp.ClientSession() as http:
@@ -410,6 +418,63 @@ async def test_a_request_to_an_unreachable_upstream_is_not_charged(tmp_path: Pat
             async with http.post(f"{url}/v1/chat/completions", json=body, headers=bearer(ALICE)) as response:
                 assert response.status == 502
             assert await spent(http, url) == (100, 100)
+
+
+@pytest.mark.parametrize(
+    ("owner", "step"), [(PooledRequests, "_open"), (UpstreamTransport, "_wait_for_breaker")], ids=["connect", "breaker"]
+)
+async def test_a_client_that_leaves_before_its_request_is_sent_is_not_charged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type, step: str
+) -> None:
+    left = asyncio.Event()
+
+    async def hang(*_: object) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            left.set()
+
+    async with RawUpstream([b"{}"]).serve() as upstream:
+        settings = before(upstream, tmp_path, tokens_per_minute=4000)
+        async with running(settings) as url, aiohttp.ClientSession() as http:
+            body = {**CHAT, "max_tokens": 100}
+            async with http.post(f"{url}/v1/chat/completions", json=body, headers=bearer(ALICE)) as response:
+                assert response.status == 200
+            monkeypatch.setattr(PooledRequests, "_take", lambda _: None)
+            monkeypatch.setattr(owner, step, hang)
+            timeout = aiohttp.ClientTimeout(total=0.2)
+            with pytest.raises(TimeoutError):
+                await http.post(f"{url}/v1/chat/completions", json=body, headers=bearer(ALICE), timeout=timeout)
+            await left.wait()
+            assert await spent(http, url) == (100, 100)  # of the first request
+    assert len(upstream.seen) == 1
+
+
+async def test_a_request_that_was_lost_and_cannot_be_repeated_is_charged(tmp_path: Path) -> None:
+    async def close(request: web.Request) -> web.StreamResponse:
+        await site.stop()  # further connections are refused
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": MODEL, "max_model_len": LONGEST}], "object": "list"})
+
+    upstream = web.Application()
+    upstream.router.add_get("/v1/models", models)
+    upstream.router.add_post("/v1/chat/completions", close)
+    runner = web.AppRunner(upstream)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    keys = keyed(tmp_path / "keys.toml", tokens_per_minute=4000)
+    settings = load(upstream=f"http://127.0.0.1:{runner.addresses[0][1]}", keys=keys, admin_key=BOSS, **SMALL)
+    async with running(settings) as url, aiohttp.ClientSession() as http:
+        body = {**CHAT, "max_tokens": 100}
+        async with http.post(f"{url}/v1/chat/completions", json=body, headers=bearer(ALICE)) as response:
+            assert (await response.json())["error"]["code"] == "upstream_unreachable"
+        assert await spent(http, url) == (100, 100)
+    await runner.cleanup()
 
 
 async def test_a_detokenize_request_is_neither_bounded_nor_charged(backend: FakeVLLM, tmp_path: Path) -> None:

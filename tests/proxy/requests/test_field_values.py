@@ -26,6 +26,7 @@ from proxy.requests.field_values import (
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
 from proxy.upstream.client import UpstreamClient
+from proxy.upstream.relayed_body import RelayedBody
 from tests.fakes import MODEL, FakeVLLM
 from tests.proxy.conftest import SMALL, Proxy
 
@@ -237,7 +238,7 @@ async def test_requests_that_vllm_fails_on_do_not_open_the_breaker(vllm: str) ->
         for _ in range(3):
             for field in UNDECIDED:
                 chat = {"model": "autotts-tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
-                body = json.dumps({**chat, **field}).encode()
+                body = RelayedBody(json.dumps({**chat, **field}).encode())
                 async with engine.relay(
                     "POST", "/v1/chat/completions", body, {"content-type": "application/json"}
                 ) as response:

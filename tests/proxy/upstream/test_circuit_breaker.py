@@ -17,6 +17,7 @@ from proxy.settings import load
 from proxy.upstream import health_monitor
 from proxy.upstream.circuit_breaker import EARLY_S, FAILURES, OPEN_S, Breaker, BreakerState
 from proxy.upstream.client import UpstreamClient
+from proxy.upstream.relayed_body import RelayedBody
 from tests.fakes import ASSISTANT, MODEL, FakeVLLM
 from tests.proxy.conftest import SMALL
 
@@ -115,7 +116,7 @@ async def test_answers_that_prove_nothing_do_not_put_off_the_health_check(
         engine = UpstreamClient(fake.url, session, breaker=Breaker(still_clock))
 
         async def relay_generation() -> int:
-            request = json.dumps({"model": MODEL, "prompt": TEXT}).encode()
+            request = RelayedBody(json.dumps({"model": MODEL, "prompt": TEXT}).encode())
             async with engine.relay("POST", "/v1/completions", request, {}, MODEL) as response:
                 return response.status
 
@@ -125,7 +126,7 @@ async def test_answers_that_prove_nothing_do_not_put_off_the_health_check(
             if fault:
                 assert await relay_generation() == 400
             else:
-                async with engine.relay("GET", "/v1/models", b"", {}) as response:
+                async with engine.relay("GET", "/v1/models", RelayedBody(b""), {}) as response:
                     assert response.status == 200
             fake.fault = "broken"
             assert await relay_generation() == 500
