@@ -177,14 +177,15 @@ def parse_key_list(text: str) -> tuple[Key, ...]:
     return tuple(Key(name, digests, False, Caps()) for name, digests in hashes.items())
 
 
-def load_keyring(path: Path | None, key_list: SecretStr | None, needed: int = 0) -> Keyring | None:
+def load_keyring(path: Path | None, key_list: SecretStr | None, needed: int = 0, processes: int = 1) -> Keyring | None:
     """Return the keys of a file and of the variable, or None if neither is set. Raises SettingsError.
 
-    Logs a warning for a key with a limit below `needed`, the tokens of one interval and its answer.
+    Logs a warning for a key whose limit in each of `processes` is below `needed`, the tokens of one interval and its
+    answer.
     """
     if path is None and key_list is None:
         return None
-    return Keyring(path, () if key_list is None else parse_key_list(key_list.get_secret_value()), needed)
+    return Keyring(path, () if key_list is None else parse_key_list(key_list.get_secret_value()), needed, processes)
 
 
 def too_small_warning(needed: int) -> str:
@@ -257,9 +258,10 @@ class Keyring:
     in place may be incomplete: keys missing from it count as removed once it is unchanged for SETTLE_S seconds.
     """
 
-    def __init__(self, path: Path | None, fixed: tuple[Key, ...] = (), needed: int = 0) -> None:
+    def __init__(self, path: Path | None, fixed: tuple[Key, ...] = (), needed: int = 0, processes: int = 1) -> None:
         self._path = path
         self._needed = needed
+        self._processes = processes  # over which limits are divided
         self._fixed = fixed
         self._version = self._stat()
         self._keys = self._read()
@@ -322,7 +324,7 @@ class Keyring:
             if key.name in names or not hashes.isdisjoint(key.hashes):
                 raise SettingsError(f"keys: {self._path}: {key.name} is also in {KEYS_VARIABLE}; remove one of them")
         for key in in_file:
-            if limit := limit_below(key.caps, self._needed):
+            if limit := limit_below(key.caps.share(self._processes), self._needed, self._processes):
                 logger.warning("keys: %s: %s: %s %s", self._path, key.name, limit, too_small_warning(self._needed))
         return (*in_file, *self._fixed)
 

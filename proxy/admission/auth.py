@@ -74,12 +74,12 @@ class Authenticator:
     """Identifies callers by the configured keys. Raises SettingsError if the keys cannot be read."""
 
     def __init__(self, settings: Settings) -> None:
-        needed = min_request_tokens(settings)
-        self.keyring = api_keys.load_keyring(settings.keys, settings.client_keys, needed)
+        needed, processes = min_request_tokens(settings), limit_processes(settings)
+        self.keyring = api_keys.load_keyring(settings.keys, settings.client_keys, needed, processes)
         common = Caps(tokens=settings.max_total_tokens, tokens_per_minute=settings.tokens_per_minute)
-        if limit := limit_below(common, needed):
+        if limit := limit_below(common, needed, processes):
             logger.warning("the server's limit %s %s", limit, api_keys.too_small_warning(needed))
-        self._processes = 1 if settings.limits else settings.workers  # over which the limits of a key are divided
+        self._processes = processes
         self._admin_key = settings.admin_key
         self._refuse_shared_admin_key()
         secret = settings.cache_secret
@@ -165,6 +165,11 @@ class Authenticator:
     def _salt(self, tenant: str) -> str | None:
         """Return the tenant's cache salt. Only this proxy can compute it, so cache hits reveal no other's prompts."""
         return None if self.keyring is None else digest(self._secret, tenant.encode(), "sha256").hex()
+
+
+def limit_processes(settings: Settings) -> int:
+    """Return the number of processes over which tokens per minute and the limits of a key are divided."""
+    return 1 if settings.limits else settings.workers
 
 
 def min_request_tokens(settings: Settings) -> int:

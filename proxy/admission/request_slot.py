@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from proxy.admission.auth import Caller
+from proxy.admission.auth import Caller, limit_processes
 from proxy.admission.fair_queue import FairQueue, Permit, QueueFull
 from proxy.admission.limits import LimitUsage, Place, RequestLimits
 from proxy.admission.token_bound import GENERATES_NOTHING, TokenBound, bound_request
@@ -21,6 +21,7 @@ from proxy.admission.token_budget import (
     EpisodeCaps,
     Reservation,
     TokenLimit,
+    in_each,
     request_limit,
     retry_after,
 )
@@ -160,6 +161,7 @@ class RequestSlots:
         self._limits = limits
         self._max_branches = settings.max_branches
         self._common = Caps(settings.max_branches, settings.max_total_tokens, settings.tokens_per_minute)
+        self._processes = limit_processes(settings)
         self._metrics = metrics
         self.tally = UsageTally(metrics.count_key_tokens if settings.key_metrics else None)
         self._warned: set[str] = set()  # sources of caps that a warning has named
@@ -170,7 +172,7 @@ class RequestSlots:
     async def acquire_episode(self, request: Request, max_tokens: int | None) -> RequestSlot:
         """Return a slot for an episode. `max_tokens` is the request's own limit. Raises TooMany or LimitsAway."""
         caller: Caller = request.state.caller
-        limit = request_limit(max_tokens, caller.key, caller.caps, self._common)
+        limit = self._request_limit(caller, max_tokens)
         return await self._acquire_episode(request, caller, EpisodeCaps(self.branch_cap(caller), *limit))
 
     async def acquire_episodes(self, request: Request, max_tokens: int | None, count: int) -> Sequence[RequestSlot]:
@@ -179,7 +181,7 @@ class RequestSlots:
         Raises TooMany or LimitsAway.
         """
         caller: Caller = request.state.caller
-        tokens, source = request_limit(max_tokens, caller.key, caller.caps, self._common)
+        tokens, source = self._request_limit(caller, max_tokens)
         share = None if tokens is None else max(1, tokens // count)
         caps = EpisodeCaps(self.branch_cap(caller), share, f"the share of each of {count} prompts in {source}", count)
         return [await self._acquire_episode(request, caller, caps) for _ in range(count)]
@@ -188,7 +190,8 @@ class RequestSlots:
         """Return the token bound of a forwarded request. Raises BadRequest if it exceeds the caller's limits."""
         caller: Caller = request.state.caller
         caps = caller.caps.within(self._common)
-        return bound_request(parsed, caps, model.max_length, caller.key, caller.caps, parsed.tts.max_total_tokens)
+        requested = parsed.tts.max_total_tokens
+        return bound_request(parsed, caps, model.max_length, caller.key, caller.caps, requested, self._processes)
 
     async def acquire_passthrough(self, request: Request, model: str, bound: TokenBound | None) -> PassthroughSlot:
         """Return a slot for a forwarded request. Without `bound` the request generates nothing.
@@ -232,6 +235,10 @@ class RequestSlots:
         own = caller.caps.branches
         return self._max_branches if own is None else min(own, self._max_branches)
 
+    def _request_limit(self, caller: Caller, max_tokens: int | None) -> TokenLimit:
+        """Return the limit of a request of the caller whose own is `max_tokens`."""
+        return request_limit(max_tokens, caller.key, caller.caps, self._common, self._processes)
+
     async def _acquire_episode(self, request: Request, caller: Caller, caps: EpisodeCaps) -> RequestSlot:
         return await self._acquire(
             request,
@@ -260,7 +267,7 @@ class RequestSlots:
         try:
             reservation = await self._limits.reserve(caller.holder, caller.caps.tokens_per_minute, limit.tokens)
         except BudgetExceeded as error:
-            message = f"{_budget_state(error)}; {_reserves(limit)}; retry later, or {advice}"
+            message = f"{_budget_state(error, self._processes)}; {_reserves(limit)}; retry later, or {advice}"
             raise self._refuse("tokens_per_minute", message, error.after_s) from None
         try:
             place = await self._limits.place(kind, caller.holder, caller.caps.episodes)
@@ -322,14 +329,14 @@ class RequestSlots:
         return {"all": total, "keys": {name: usage(name, caps) for name, caps in callers.items()}}
 
 
-def _budget_state(error: BudgetExceeded) -> str:
+def _budget_state(error: BudgetExceeded, processes: int) -> str:
     """Return why a budget has no room. The numbers of the common budget are for admins only."""
     if not error.holder:
         return "the requests of all clients leave too little of the server's limit AUTOTTS_TOKENS_PER_MINUTE"
     state = error.state
     return (
-        f"key {error.holder} has spent {state.spent} of its {state.cap} tokens of this minute, and its running "
-        f"requests have reserved {state.reserved}"
+        f"key {error.holder} has spent {state.spent} of its {state.cap} tokens of this minute{in_each(processes)}, and "
+        f"its running requests have reserved {state.reserved}"
     )
 
 

@@ -66,11 +66,13 @@ class _CallerCaps(NamedTuple):
     key: str  # name of the key, for error messages
     own: Caps  # of the key
     requested: int | None  # tts.max_total_tokens
+    processes: int  # of one of which the caps are
 
     def check(self, reason: str, param: str, each: int, completions: int) -> None:
         """Raise BadRequest, naming the cap and its source, if `completions` of `each` tokens do not fit."""
         total_tokens = each * completions
-        cap, source = request_limit(smaller(self.requested, total_tokens), self.key, self.own, self.all)
+        requested = smaller(self.requested, total_tokens)
+        cap, source = request_limit(requested, self.key, self.own, self.all, self.processes)
         if cap == total_tokens:
             return
         period = "a minute" if "minute" in source.lower() else "a request"
@@ -85,11 +87,12 @@ def bound_request(
     key: str = "",
     own: Caps | None = None,
     requested: int | None = None,
+    processes: int = 1,
 ) -> TokenBound:
     """Return the bound on `request` under `caps`, for a model of `model_length` tokens (0 if unknown).
 
-    `own` are the caps of the request's `key`, which `caps` include. `requested` is the request's own cap. Raises
-    BadRequest, naming the field and the cap.
+    `own` are the caps of the request's `key`, which `caps` include. `requested` is the request's own cap. Limits per
+    minute are the part of one of `processes`. Raises BadRequest, naming the field and the cap.
     """
     if caps.tokens is None and caps.tokens_per_minute is None and requested is None:
         return UNBOUNDED
@@ -99,7 +102,8 @@ def bound_request(
     if isinstance(request, CompletionRequest):
         completions *= _count_prompts(request)
     put: dict[str, Any] = {}
-    each = _limit_each(request, _CallerCaps(caps, key, own or Caps(), requested), model_length, completions, put)
+    callers = _CallerCaps(caps, key, own or Caps(), requested, processes)
+    each = _limit_each(request, callers, model_length, completions, put)
     reports_usage = isinstance(request, ResponsesRequest | MessagesRequest)  # at the end of every stream
     adds_usage = bool(request.stream) and not reports_usage and not request.wants_usage
     if adds_usage:

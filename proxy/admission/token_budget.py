@@ -82,18 +82,21 @@ class EpisodeCaps(NamedTuple):
         return separator + rest.rstrip(",") if separator else None
 
 
-def request_limit(requested: int | None, key: str, own: Caps, common: Caps) -> TokenLimit:
-    """Return the smallest of a request's own limit, its key's caps and the server's caps, with its source."""
+def request_limit(requested: int | None, key: str, own: Caps, common: Caps, processes: int = 1) -> TokenLimit:
+    """Return the smallest of a request's own limit, its key's caps and the server's caps, with its source.
+
+    `own` and `common` are the parts of one of `processes`.
+    """
     tokens = own.within(common).cap(requested)
     if tokens is None:
         return TokenLimit(None)
-    holder = f"of key {key}" if key else "of this client"
+    holder, each = f"of key {key}" if key else "of this client", in_each(processes)
     bounds = (
         (requested, "tts.max_total_tokens"),
         (own.tokens, f"the limit `tokens` {holder}"),
         (common.tokens, "the server's limit AUTOTTS_MAX_TOTAL_TOKENS"),
-        (own.tokens_per_minute, f"the limit `tokens_per_minute` {holder}"),
-        (common.tokens_per_minute, "the server's limit AUTOTTS_TOKENS_PER_MINUTE"),
+        (own.tokens_per_minute, f"the limit `tokens_per_minute` {holder}{each}"),
+        (common.tokens_per_minute, f"the server's limit AUTOTTS_TOKENS_PER_MINUTE{each}"),
     )
     for bound, source in bounds:
         if bound == tokens:
@@ -103,16 +106,24 @@ def request_limit(requested: int | None, key: str, own: Caps, common: Caps) -> T
     return TokenLimit(tokens, f"{_SHARE_SOURCE} {source} ({minute}), for a request that sets no tts.max_total_tokens,")
 
 
-def limit_below(caps: Caps, needed: int) -> str | None:
-    """Return the limit in `caps` that is smaller than `needed`, the tokens of one interval and its answer, or None."""
+def limit_below(caps: Caps, needed: int, processes: int = 1) -> str | None:
+    """Return the limit in `caps` that is smaller than `needed`, the tokens of one interval and its answer, or None.
+
+    `caps` are the part of one of `processes`.
+    """
     if caps.tokens is not None and caps.tokens < needed:
         return f"tokens = {caps.tokens}"
-    minute = caps.tokens_per_minute
+    minute, each = caps.tokens_per_minute, in_each(processes)
     if minute is not None and minute < needed:
-        return f"tokens_per_minute = {minute}"
+        return f"tokens_per_minute = {minute}{each}"
     if minute is not None and caps.tokens is None and minute // SHARE < needed:
-        return f"a quarter of tokens_per_minute = {minute}, the cap of requests that set no tts.max_total_tokens,"
+        return f"a quarter of tokens_per_minute = {minute}{each}, the cap of requests that set no tts.max_total_tokens,"
     return None
+
+
+def in_each(processes: int) -> str:
+    """Return which of several processes a limit is a part of; nothing for one process."""
+    return f" in each of {processes} workers" if processes > 1 else ""
 
 
 def smaller(first: int | None, second: int | None) -> int | None:

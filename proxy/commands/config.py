@@ -155,6 +155,7 @@ def check(
         unknown_variables,
     )
     from proxy.settings.file_warnings import logged_warnings, secret_warnings, store_warnings
+    from proxy.workers.shares import of_worker
 
     configured, problems = inspect(find_file(file), _given(sets, given), SERVED)
     if configured is None:
@@ -164,9 +165,9 @@ def check(
         problems.append(f"upstream: none is set, and the embedded model cannot start: {problem}")
     served = settings if settings.upstream else settings.model_copy(update={"upstream": "http://embedded"})
     with logged_warnings() as logged:
-        problems += problems_of(partial(check_host, settings), partial(create_app, served))
+        problems += problems_of(partial(check_host, settings), partial(create_app, of_worker(served)))
         if problems:  # of those that the app raises, this is the first; one of the key file may follow
-            problems += problems_of(partial(Authenticator, settings))
+            problems += problems_of(partial(Authenticator, of_worker(settings)))
     if problems:
         raise SettingsError(*dict.fromkeys(problems))
     console = wide_console()

@@ -491,6 +491,17 @@ def test_a_key_limit_too_small_for_one_interval_is_warned_of_when_the_file_is_re
     assert str(path) in warnings[0] if warnings else True
 
 
+@pytest.mark.parametrize(("shares", "is_warned"), [({}, True), ({"limits": "redis://127.0.0.1:1"}, False)])
+def test_a_key_limit_too_small_once_it_is_divided_among_workers_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, shares: dict[str, str], is_warned: bool
+) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(api_keys.key_file_entry("alice", "secret").replace(" }", ", tokens_per_minute = 4000 }"))
+    Authenticator(load(upstream="http://127.0.0.1:1", keys=path, workers=8, **shares))
+    expected_text = "alice: tokens_per_minute = 500 in each of 8 workers is less than"
+    assert [expected_text in warning for warning in warned(caplog)] == [True] * is_warned
+
+
 def test_a_server_limit_too_small_for_one_interval_is_warned_of_at_start(caplog: pytest.LogCaptureFixture) -> None:
     Authenticator(load(upstream="http://127.0.0.1:1", max_total_tokens=700))
     (line,) = warned(caplog)

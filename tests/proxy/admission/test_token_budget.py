@@ -37,6 +37,7 @@ from proxy.admission.token_budget import (
     TokenBudgets,
     TokenWindow,
     forget_idle,
+    request_limit,
     retry_after,
 )
 from proxy.admission.usage_meter import UNSEEN_TOKENS, BoundedReplyMeter
@@ -274,6 +275,17 @@ def test_the_clients_of_a_burst_get_different_waits() -> None:
 
 
 # Over HTTP
+
+
+def test_the_source_of_a_limit_names_the_workers_it_is_divided_among() -> None:
+    own = Caps(tokens_per_minute=500)
+    quarter = request_limit(None, "alice", own, Caps(), 8)
+    assert quarter.tokens == 125
+    assert quarter.source.startswith(
+        "a quarter of the limit `tokens_per_minute` of key alice in each of 8 workers (500)"
+    )
+    limit = request_limit(3000, "alice", own, Caps(), 8)
+    assert limit == (500, "the limit `tokens_per_minute` of key alice in each of 8 workers")
 
 
 def keyed(path: Path, **limits: int) -> Path:

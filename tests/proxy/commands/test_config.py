@@ -284,6 +284,14 @@ def test_config_check_shows_every_problem_with_a_way_out(tmp_path: Path) -> None
     ]
 
 
+def test_config_check_warns_of_limits_that_are_too_small_in_each_worker(tmp_path: Path) -> None:
+    file = toml(tmp_path, "upstream = 'http://127.0.0.1:1'\ntokens_per_minute = 4000\nworkers = 8")
+    done = CliRunner().invoke(app, ["config", "check", "--config", str(file)])
+    assert done.exit_code == 0
+    warning = "the server's limit tokens_per_minute = 500 in each of 8 workers is less than"
+    assert warning in " ".join(done.stdout.split())
+
+
 def test_config_check_runs_all_checks_of_valid_values(tmp_path: Path) -> None:
     file = toml(tmp_path, "upstream = 'http://127.0.0.1:1'\ncontroller = 'foo'\nstore = 'none/s.db'\nfoo = 1")
     flags = ["--set", "calibration=/nowhere.json", "--set", "keys=/nowhere.toml"]
