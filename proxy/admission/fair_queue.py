@@ -74,6 +74,17 @@ class FairQueue:
         """Return the number of requests of one holder that wait."""
         return len(self._waiting.get(holder, ()))
 
+    def most(self, limit: int | None, *, share: int = 1) -> int:
+        """Return how many requests of one holder can run and wait together while there are no others.
+
+        `limit` and `share` are those of `enter`.
+        """
+        return min(self.places, self.places if limit is None else limit) + self._share(share)
+
+    def _share(self, share: int) -> int:
+        """Return how many requests of one holder may wait."""
+        return -(-self.queue // share)
+
     def enter(self, holder: str, limit: int | None = None, *, share: int = 1, is_ready: bool = True) -> Permit:
         """Return a permit for a request of `holder`, which may not be granted yet. Raises QueueFull.
 
@@ -88,7 +99,7 @@ class FairQueue:
         self.waiting += 1
         self.grant_free(holder)
         if not permit.granted.is_set():
-            is_share_full = self.waiting_of(holder) > -(-self.queue // share)
+            is_share_full = self.waiting_of(holder) > self._share(share)
             if is_share_full or self.waiting > self.queue:
                 self._remove(permit)
                 raise QueueFull(self._after_s(holder, limit), own=is_share_full and self.waiting < self.queue)

@@ -34,7 +34,7 @@ from proxy.admission.usage_meter import (
     last_reported_tokens,
 )
 from proxy.admission.usage_tally import KeyTally, UsageTally
-from proxy.errors import TooMany
+from proxy.errors import BadRequest, TooMany
 from proxy.http.leases import Leases
 from proxy.http.sse import StreamedResponse
 from proxy.requests.generation_request import GenerationRequest
@@ -176,11 +176,12 @@ class RequestSlots:
         return await self._acquire_episode(request, caller, EpisodeCaps(self.branch_cap(caller), *limit))
 
     async def acquire_episodes(self, request: Request, max_tokens: int | None, count: int) -> Sequence[RequestSlot]:
-        """Return slots for `count` episodes of one request, which share its limit evenly.
+        """Return slots for `count` episodes of one request, one for each prompt. They share its limit evenly.
 
-        Raises TooMany or LimitsAway.
+        Raises TooMany or LimitsAway, and BadRequest for more prompts than can ever be admitted at once.
         """
         caller: Caller = request.state.caller
+        self._check_count(caller, count)
         tokens, source = self._request_limit(caller, max_tokens)
         share = None if tokens is None else max(1, tokens // count)
         caps = EpisodeCaps(self.branch_cap(caller), share, f"the share of each of {count} prompts in {source}", count)
@@ -239,6 +240,18 @@ class RequestSlots:
         """Return the limit of a request of the caller whose own is `max_tokens`."""
         return request_limit(max_tokens, caller.key, caller.caps, self._common, self._processes)
 
+    def _check_count(self, caller: Caller, count: int) -> None:
+        """Raise BadRequest if `count` episodes of one request could not be admitted though there were no others."""
+        most = self.episodes.most(caller.caps.episodes, share=_share(caller))
+        if count <= most:
+            return
+        own = f"the limit `episodes` of key {caller.key}"
+        raise BadRequest(
+            f"prompt has {count} prompts, but at most {most} can run and wait at once; send fewer in a request, or ask "
+            f"the operator to raise AUTOTTS_QUEUE or {'AUTOTTS_MAX_EPISODES' if caller.caps.episodes is None else own}",
+            param="prompt",
+        )
+
     async def _acquire_episode(self, request: Request, caller: Caller, caps: EpisodeCaps) -> RequestSlot:
         return await self._acquire(
             request,
@@ -276,8 +289,7 @@ class RequestSlots:
             raise
         queue = self._queues[kind]
         try:
-            share = 2 if caller.key else 1
-            permit = queue.enter(caller.holder, caller.caps.episodes, share=share, is_ready=place.is_held)
+            permit = queue.enter(caller.holder, caller.caps.episodes, share=_share(caller), is_ready=place.is_held)
         except QueueFull as error:
             reservation.settle(0, time.monotonic())
             place.release()
@@ -327,6 +339,11 @@ class RequestSlots:
             "since_start": self.tally.total.as_json(),
         }
         return {"all": total, "keys": {name: usage(name, caps) for name, caps in callers.items()}}
+
+
+def _share(caller: Caller) -> int:
+    """Return the divisor of the queue that gives the places in which requests of the caller may wait."""
+    return 2 if caller.key else 1
 
 
 def _budget_state(error: BudgetExceeded, processes: int) -> str:

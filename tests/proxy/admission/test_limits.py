@@ -18,7 +18,7 @@ from proxy.admission.limits import LocalLimits, RequestLimits
 from proxy.admission.request_slot import RequestSlot, RequestSlots
 from proxy.admission.shared_limits import SharedLimits
 from proxy.admission.token_budget import GRAIN_S, MINUTE_S, BudgetExceeded, Caps, WindowState
-from proxy.errors import TooMany
+from proxy.errors import BadRequest, TooMany
 from proxy.settings import load
 from proxy.telemetry.metrics import Metrics
 from tests.redis_server import MISSING, PROGRAM, RedisServer
@@ -218,3 +218,27 @@ async def test_several_prompts_of_one_request_share_its_limit(make_limits: Make)
     prompts = await slots.acquire_episodes(sent_by("alice", episodes=1), None, 5)
     await asyncio.gather(*(serve(index, slot) for index, slot in enumerate(prompts)))
     assert order == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("key", "caps", "settings", "most", "raised"),
+    [
+        ("alice", {"episodes": 2}, {"queue": 0}, 2, "AUTOTTS_QUEUE or the limit `episodes` of key alice"),
+        ("alice", {"episodes": 2}, {"queue": 5}, 5, "AUTOTTS_QUEUE or the limit `episodes` of key alice"),
+        ("alice", {}, {"queue": 2, "max_episodes": 4}, 5, "AUTOTTS_QUEUE or AUTOTTS_MAX_EPISODES"),
+        ("", {}, {"queue": 2, "max_episodes": 4}, 6, "AUTOTTS_QUEUE or AUTOTTS_MAX_EPISODES"),
+    ],
+)
+async def test_more_prompts_than_can_ever_be_admitted_are_a_bad_request(
+    make_limits: Make, key: str, caps: dict[str, int], settings: dict[str, int], most: int, raised: str
+) -> None:
+    slots = RequestSlots(load(**settings), Metrics(), await make_limits(None))
+    admitted = await slots.acquire_episodes(sent_by(key, **caps), None, most)
+    for slot in reversed(admitted):
+        slot.release()
+    with pytest.raises(BadRequest) as refused:
+        await slots.acquire_episodes(sent_by(key, **caps), None, most + 1)
+    assert refused.value.param == "prompt"
+    assert f"prompt has {most + 1} prompts, but at most {most} can run and wait at once" in str(refused.value)
+    assert str(refused.value).endswith(f"ask the operator to raise {raised}")
+    assert (slots.episodes.in_flight, slots.episodes.waiting) == (0, 0)

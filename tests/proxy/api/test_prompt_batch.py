@@ -178,14 +178,14 @@ async def test_a_disconnect_cancels_all_episodes_of_a_batch(proxy: Proxy) -> Non
         await proxy.backend.idle.wait()
 
 
-async def test_each_prompt_takes_an_episode_permit_or_the_batch_gets_429(backend: FakeVLLM) -> None:
-    """Prompts wait if fewer episodes may run at once. If they may not wait, the request is refused."""
+async def test_each_prompt_takes_an_episode_permit_and_more_than_can_ever_wait_are_refused(backend: FakeVLLM) -> None:
+    """Prompts wait if fewer episodes may run at once. If they could never wait, the request is invalid."""
     settings = load(upstream=backend.url, max_episodes=1, queue=2, **SMALL)
     async with running(settings) as url, aiohttp.ClientSession() as http:
         proxy = Proxy(backend, url, http, None)  # type: ignore[arg-type]
         assert (await post(proxy))[0] == 200
         status, _, reply = await post(proxy, prompt=[*PROMPTS, "four"])
-        assert (status, reply["error"]["code"]) == (429, "queue_full")
+        assert (status, reply["error"]["code"], reply["error"]["param"]) == (400, "invalid_value", "prompt")
         assert (await post(proxy))[0] == 200  # all permits are free again
 
 
