@@ -22,7 +22,7 @@ from discovery.commands.console import wide_console
 from discovery.commands.gate import judge_in_subprocess
 from discovery.commands.options import AnyPlace, AsJson, LedgerPlace, RegistryPlace, Who, registry_place, user_name
 from discovery.data.safe_json import parse_json
-from discovery.errors import PromotionError
+from discovery.errors import PromotionError, RegistryAway
 from discovery.promotion.gate import GateJob
 from discovery.promotion.registry import Card, ChangeCause, Registry, built_in_problem
 from discovery.promotion.requirements import check_installed, check_models, check_report, judged_models
@@ -91,6 +91,7 @@ def promote(
     if stage is not RolloutStage.CHAMPION and after.own(model).champion is None and after.default.champion is None:
         _warn_of_itself(digest, stage)
     wide_console().print(_describe(opened, digest, stage, before, after, model), highlight=False, markup=False)
+    _warn_of_unreadable(opened, after)
 
 
 def rollback(
@@ -126,6 +127,7 @@ def rollback(
     wide_console().print(
         f"{opened.place}: {champion} is the champion{_of(model)}; there is no {gone}", highlight=False, markup=False
     )
+    _warn_of_unreadable(opened, after)
 
 
 def controllers(registry: RegistryPlace = None, as_json: AsJson = False) -> None:
@@ -179,6 +181,20 @@ def _warn_of_itself(digest: str, stage: RolloutStage) -> None:
             f"{configured} is also the configured controller ({CONTROLLER_VARIABLE}), which serves while there is no "
             f"champion; as {stage} it is compared with itself, which shows nothing"
         )
+
+
+def _warn_of_unreadable(registry: Registry, state: RolloutState) -> None:
+    """Print a warning of each controller at a stage that proxies cannot load."""
+    for digest in sorted(state.staged):
+        try:
+            registry.spec(digest)
+        except RegistryAway:
+            raise
+        except PromotionError as error:
+            stages = [f"{stage}{_of(model)}" for model, stage in state.stages_of(digest)]
+            is_champion = any(stage is RolloutStage.CHAMPION for _, stage in state.stages_of(digest))
+            effect = "cannot follow this change" if is_champion else "serve without it"
+            print_warning(f"proxies {effect}: {digest[:12]} ({', '.join(stages)}) cannot be loaded: {error}")
 
 
 def default_ledger(registry: StorePlace) -> StorePlace:

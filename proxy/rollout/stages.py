@@ -186,14 +186,16 @@ class RolloutStages:
             return False
         before, self._stamp = self._stamp, stamp
         try:
-            self.current = await asyncio.to_thread(self._read, self.registry)
+            self.current, problem = await asyncio.to_thread(self._read, self.registry)
         except PromotionError as error:
             if isinstance(self.registry.place, Path):
                 self._problem_of_stamp = str(error)
             else:
                 self._stamp = before  # a database may have gone away; a file stays as it is until it is replaced
             raise
-        self.problem = self._problem_of_stamp = ""
+        if problem and problem != self.problem:
+            logger.error("%s; until the registry changes, proxies go on without it", problem)
+        self.problem = self._problem_of_stamp = problem
         logger.info("registry version %d: %s", self.current.version, self.current)
         return True
 
@@ -239,24 +241,38 @@ class RolloutStages:
         except TimeoutError:
             return False
 
-    def _read(self, registry: Registry) -> ModelAssignments:
+    def _read(self, registry: Registry) -> tuple[ModelAssignments, str]:
+        """Return the assignments, and why canaries and shadows are left out. Raises PromotionError for a champion."""
         with registry.session() as opened:
             installed = opened.read()
-            specs = {digest: opened.spec(digest) for digest in installed.staged}
+            champions = {holders.champion for holders in (installed.default, *installed.models.values())}
+            specs: dict[str | None, Spec] = {}
+            problems = []
+            for digest in sorted(installed.staged):
+                try:
+                    specs[digest] = opened.spec(digest)
+                except RegistryAway:
+                    raise
+                except PromotionError as error:
+                    if digest in champions:
+                        raise
+                    problems.append(f"canary or shadow {digest[:12]} cannot be loaded: {error}")
 
         def assigned(stages: ModelStages) -> StageAssignment:
             holders = stages.holders
-            shadow, canary, champion = (None if holder is None else specs[holder] for holder in holders.stages.values())
-            assignment = StageAssignment(champion or self._default, canary, holders.share, shadow, stages.owners)
+            shadow, canary, champion = map(specs.get, holders.stages.values())
+            share = 0.0 if canary is None else holders.share
+            assignment = StageAssignment(champion or self._default, canary, share, shadow, stages.owners)
             return assignment.without(assignment.champion.digest)  # the configured controller may be canary, too
 
-        return ModelAssignments(
+        assignments = ModelAssignments(
             default=assigned(ModelStages(installed.default, {})),
             models=MappingProxyType({model: assigned(installed.of_model(model)) for model in installed.models}),
             quarantined=installed.quarantined,
             installed=installed.staged,
             version=installed.version,
         )
+        return assignments, "; ".join(problems)
 
 
 def _named(spec: Spec) -> str:

@@ -182,7 +182,7 @@ class Metrics:
         Gauge, "autotts_registry_version", "Version of the registry that this process follows; 0 without changes."
     )
     registry_unreadable = MetricRow(
-        Gauge, "autotts_registry_unreadable", "Whether the registry cannot be read now: 1 or 0. Alert on 1."
+        Gauge, "autotts_registry_unreadable", "Whether the registry or a part cannot be read now: 1 or 0. Alert on 1."
     )
     rollbacks = MetricRow(
         Counter,

@@ -16,6 +16,7 @@ from proxy.rollout.canary_test import EpisodeOutcome
 from proxy.rollout.controller_manager import ControllerManager
 from proxy.settings import load
 from proxy.telemetry.metrics import Metrics
+from tests.discovery.promotion.outside import write_card
 
 ME = ChangeCause("me", "a test", datetime(2026, 11, 29, tzinfo=UTC))
 DEFAULT, CHAMPION, CANARY = Spec("self_consistency"), Spec("asc"), Spec("esc")
@@ -85,6 +86,28 @@ async def test_a_request_that_is_cancelled_while_the_registry_is_read_loses_no_p
     assert await champion(manager, "small") == CHAMPION
     await serve(manager, {CANARY.name: BAD}, ["small"], 300)
     assert registry.read().default.canary is None  # its test has begun
+
+
+async def test_an_unreadable_canary_stops_no_other_change_of_the_registry(
+    registry: Registry, manager: ControllerManager
+) -> None:
+    install(registry, CHAMPION, RolloutStage.CHAMPION)
+    install(registry, CANARY, RolloutStage.CANARY, "small", share=1.0)
+    assert (await manager.choose(None, "r", "small")).spec == CANARY
+    write_card(registry, CANARY.digest, b"{")
+    install(registry, Spec("cmc"), RolloutStage.CHAMPION)
+    choices = [await manager.choose(None, "r", model) for model in ("small", "large")]
+    assert [choice.spec for choice in choices] == [Spec("cmc")] * 2
+    assert [choice.stage for choice in choices] == [RolloutStage.CHAMPION] * 2
+    assert CANARY.digest[:12] in manager.stages.problem
+    write_card(registry, Spec("cmc").digest, b"{")  # a champion's
+    install(registry, Spec("mars"), RolloutStage.SHADOW)
+    assert await champion(manager, "small") == Spec("cmc")
+    assert Spec("cmc").digest in manager.stages.problem
+    install(registry, CHAMPION, RolloutStage.CHAMPION)
+    install(registry, CANARY, RolloutStage.CANARY, "small", share=1.0)  # writes its card again
+    assert (await manager.choose(None, "r", "small")).spec == CANARY
+    assert not manager.stages.problem
 
 
 async def test_a_choice_says_which_model_its_stage_is_set_for(registry: Registry, manager: ControllerManager) -> None:

@@ -206,6 +206,27 @@ async def test_an_unreadable_registry_keeps_the_previous_champion_and_is_logged_
         assert registry.read().default.champion == first_digest
 
 
+async def test_an_unreadable_shadow_does_not_keep_proxies_from_following_a_rollback(
+    serve: Serve, registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    install(registry, "one", HONEST, RolloutStage.CHAMPION)
+    install(registry, "two", EXPENSIVE, RolloutStage.CHAMPION)
+    shadow = install(registry, "three", DISAGREEING, RolloutStage.SHADOW)
+    async with serve() as proxy:
+        assert await decider(proxy) == ("two", "champion")
+        write_source(registry, shadow, b"# another\n")
+        registry.roll_back(ME)
+        assert [await decider(proxy) for _ in range(2)] == [("one", "champion")] * 2
+        assert await proxy.metric("autotts_registry_unreadable") == 1
+        assert await proxy.metric("autotts_registry_version") == 4
+        assert caplog.text.count(f"canary or shadow {shadow[:12]} cannot be loaded: ") == 1
+    async with serve() as later:
+        assert await decider(later) == ("one", "champion")
+        registry.drop_shadow(shadow, ME)
+        assert await decider(later) == ("one", "champion")
+        assert await later.metric("autotts_registry_unreadable") == 0
+
+
 async def until_refused(url: str) -> None:
     """Wait until the proxy no longer listens."""
     async with aiohttp.ClientSession() as http:
@@ -475,6 +496,24 @@ def test_commands_promote_a_file_to_champion_list_it_and_roll_it_back(tmp_path: 
     assert all(text in stdout for text in ("2 points better", "version 6", "rollback", "it is good"))
     status, _, stderr = autotts("rollback", "--registry", folder)
     assert (status, "neither a canary nor a champion" in stderr) == (2, True)
+
+
+def test_a_rollback_warns_of_controllers_that_proxies_cannot_load(tmp_path: Path) -> None:
+    folder, registry = str(tmp_path / "installed"), Registry(tmp_path / "installed")
+    install(registry, "one", HONEST, RolloutStage.CHAMPION)
+    install(registry, "two", EXPENSIVE, RolloutStage.CHAMPION)
+    shadow = install(registry, "three", DISAGREEING, RolloutStage.SHADOW)
+    champion = Spec("four", FAILING).digest
+    registry.install(Spec("four", FAILING), {"headline": ""}, RolloutStage.CHAMPION, 0, ME, "small")
+    for digest in (shadow, champion):
+        write_source(registry, digest, None)
+    status, stdout, stderr = autotts("rollback", "--registry", folder)
+    assert (status, "is the champion; there is no canary" in stdout) == (0, True)
+    assert f"proxies serve without it: {shadow[:12]} (shadow) cannot be loaded: " in stderr
+    assert f"proxies cannot follow this change: {champion[:12]} (champion of model small) cannot be loaded: " in stderr
+    autotts("rollback", "--registry", folder, "--model", "small")
+    status, _, stderr = autotts("rollback", "--registry", folder, "--shadow")
+    assert (status, stderr) == (0, "")
 
 
 def test_commands_promote_a_built_in_controller_for_one_model_and_roll_it_back(tmp_path: Path) -> None:
