@@ -35,7 +35,7 @@ from controllers.rollout_state import RolloutStage
 from proxy.types import CanaryMetric
 
 ALPHA: Final = 0.01
-"""Maximum probability that a canary that is no worse is ever rolled back."""
+"""Maximum probability that the processes of a proxy ever roll back a canary that is no worse. Each gets a part."""
 BETS: Final = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 """Fractions λ of the wealth that the gamblers stake, one per gambler."""
 TOKEN_UNIT: Final = 2.0

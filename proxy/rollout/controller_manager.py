@@ -24,6 +24,7 @@ from discovery.answers import AnswerKind, ExtractionMethod
 from discovery.evaluation.calibration import Calibrations
 from discovery.promotion.registry import ChangeCause, Registry
 from discovery.store import DatabaseUrl
+from proxy.rollout import canary_test, cost_test
 from proxy.rollout.canary_test import CanaryFailure, CanaryTest, EpisodeOutcome
 from proxy.rollout.cost_test import CostTest
 from proxy.rollout.failure_counter import QUARANTINED, FailureCounter, fallback_reason
@@ -75,7 +76,8 @@ class ControllerManager:
         self._failures = FailureCounter()
         self._assigned = self.stages.current  # as of the last call of _follow_stages
         self._canary_tests: dict[str | None, CanaryTest] = {}  # by the model the canary is set for; None: the default
-        self._cost_test = CostTest(calibrations)
+        self._processes = settings.workers  # each has tests of its own, which share the level
+        self._cost_test = CostTest(calibrations, cost_test.ALPHA / self._processes)
         self._shadow_tasks: set[asyncio.Task[None]] = set()
         self._registry_tasks: set[asyncio.Task[None]] = set()
         self._label_sets = LabelSets(metrics, "controller")
@@ -325,10 +327,12 @@ class ControllerManager:
         self._assigned = now
         compared, tests = before.canaries, self._canary_tests
         self._canary_tests = {
-            owner: tests[owner] if compared.get(owner) == pair else CanaryTest() for owner, pair in now.canaries.items()
+            owner: tests[owner] if compared.get(owner) == pair else CanaryTest(alpha)
+            for owner, pair in now.canaries.items()
         }
         for digest in before.quarantined - now.quarantined:  # lifted by an operator
             self.quarantined.discard(digest)
+        alpha = canary_test.ALPHA / self._processes
             self._failures.forget(digest)
             self._cost_test.forget(digest)
         self.quarantined |= now.quarantined

@@ -29,7 +29,8 @@ from proxy.rollout.canary_test import BettingProcess
 MARGIN: Final = 4.0
 """Allowed mean cost, as a multiple of the calibrated cost at the request's β."""
 ALPHA: Final = 0.001
-"""Maximum probability that a controller within its allowed cost is ever quarantined for its cost."""
+"""Maximum probability that the processes of a proxy ever quarantine a controller within its allowed cost for its cost.
+Each gets a part."""
 WARN_AT: Final = 10.0
 """E-value at which a warning is logged."""
 LEAST_TOKENS: Final = 256

@@ -12,10 +12,13 @@ from controllers import ControllerError, UnknownController
 from controllers.loading import Spec
 from controllers.rollout_state import RolloutStage, lot
 from discovery.promotion.registry import ChangeCause, Registry
+from proxy.rollout import canary_test, cost_test
 from proxy.rollout.canary_test import EpisodeOutcome
 from proxy.rollout.controller_manager import ControllerManager
 from proxy.settings import load
 from proxy.telemetry.metrics import Metrics
+from proxy.types import CanaryMetric
+from proxy.workers.shares import of_worker
 from tests.discovery.promotion.outside import write_card
 
 ME = ChangeCause("me", "a test", datetime(2026, 11, 29, tzinfo=UTC))
@@ -108,6 +111,16 @@ async def test_an_unreadable_canary_stops_no_other_change_of_the_registry(
     install(registry, CANARY, RolloutStage.CANARY, "small", share=1.0)  # writes its card again
     assert (await manager.choose(None, "r", "small")).spec == CANARY
     assert not manager.stages.problem
+
+
+async def test_processes_that_share_a_port_share_the_levels_of_their_tests(registry: Registry) -> None:
+    install(registry, CANARY, RolloutStage.CANARY)
+    settings = load(upstream="http://127.0.0.1:1", controller=DEFAULT.name, registry=registry.place, workers=4)
+    manager = ControllerManager(of_worker(settings), Metrics())
+    await manager.refresh()
+    (test,) = manager._canary_tests.values()
+    assert test.limit == pytest.approx(4 * len(CanaryMetric) / canary_test.ALPHA)
+    assert manager._cost_test._limit == pytest.approx(4 / cost_test.ALPHA)
 
 
 async def test_a_choice_says_which_model_its_stage_is_set_for(registry: Registry, manager: ControllerManager) -> None:
