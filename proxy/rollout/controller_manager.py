@@ -70,6 +70,7 @@ class ControllerManager:
             metrics, decision_s=settings.decision_s, allow_unsandboxed=settings.allow_unsandboxed
         )
         self.quarantined: set[str] = set()  # digests
+        self._quarantined_labels: dict[str, str] = {}  # by the digest of what this process has quarantined
         self.metrics = metrics
         self._shipped = {name: parse_spec(name) for name in discovered()}  # discovered controllers of this project
         self._pool_size = settings.sandbox_pool
@@ -185,7 +186,9 @@ class ControllerManager:
             self.sandboxes.forget(digest)
             if digest not in lasting:
                 self.quarantined.discard(digest)
+                self._quarantined_labels.pop(digest, None)
         labels = {controller_label(spec.name) for spec in specs} | {""}  # empty for requests that none served
+        labels |= {label for digest, label in self._quarantined_labels.items() if digest in lasting}  # alerts stand
         self._label_sets.remove(self._retired_labels.retired(self._label_sets.values(), labels))
 
     def forget_model(self, model: str) -> None:
@@ -287,8 +290,10 @@ class ControllerManager:
     # Change
 
     def _quarantine(self, spec: Spec, reason: str) -> None:
+        label = controller_label(spec.name)
         self.quarantined.add(spec.digest)
-        self.metrics.quarantined.labels(controller_label(spec.name)).set(1)
+        self._quarantined_labels[spec.digest] = label
+        self.metrics.quarantined.labels(label).set(1)
         self.sandboxes.stop(spec.digest, STOPPED)
         now = self.stages.current
         staged = {each.digest for each in _foreign(now)} | now.installed
@@ -326,18 +331,18 @@ class ControllerManager:
         before, now = self._assigned, self.stages.current
         self._assigned = now
         compared, tests = before.canaries, self._canary_tests
+        alpha = canary_test.ALPHA / self._processes
         self._canary_tests = {
             owner: tests[owner] if compared.get(owner) == pair else CanaryTest(alpha)
             for owner, pair in now.canaries.items()
         }
         for digest in before.quarantined - now.quarantined:  # lifted by an operator
             self.quarantined.discard(digest)
-        alpha = canary_test.ALPHA / self._processes
             self._failures.forget(digest)
             self._cost_test.forget(digest)
         self.quarantined |= now.quarantined
         sizes = {spec.digest: self._pool_size for spec in _foreign(now)}
-        self._report_quarantined(now)
+        self._report_quarantined(before, now)
         for spec in _foreign(now):
             self.sandboxes.pool(spec)
         deciding = {spec.digest for each in now for spec in (each.champion, each.canary) if spec is not None}
@@ -346,11 +351,21 @@ class ControllerManager:
                 sizes[shadow.digest] = min(SHADOWS, self._pool_size)
         self.sandboxes.resize(sizes, dict.fromkeys(self.quarantined, STOPPED))
 
-    def _report_quarantined(self, now: ModelAssignments) -> None:
-        """Set the metric of every installed controller. Files of several models may have the same name."""
+    def _report_quarantined(self, before: ModelAssignments, now: ModelAssignments) -> None:
+        """Set the metric of every installed controller, and of those that this process has quarantined.
+
+        The latter have it until they are lifted, or a sound controller of the same name comes to a stage. Files of
+        several models may have the same name.
+        """
         installed = [spec for spec in _staged(now) if spec.is_foreign or spec.digest in now.installed]
         failed = {controller_label(spec.name) for spec in installed if spec.digest in self.quarantined}
-        for label in {controller_label(spec.name) for spec in installed}:
+        come = {controller_label(spec.name) for spec in set(installed) - _staged(before)} - failed
+        reported = self._quarantined_labels
+        self._quarantined_labels = {
+            digest: label for digest, label in reported.items() if digest in self.quarantined and label not in come
+        }
+        failed.update(self._quarantined_labels.values())
+        for label in {controller_label(spec.name) for spec in installed}.union(reported.values()):
             self.metrics.quarantined.labels(label).set(label in failed)
 
 

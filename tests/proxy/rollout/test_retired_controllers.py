@@ -110,6 +110,13 @@ async def ask(proxy: Proxy, **fields: Any) -> str:
     return str(headers["x-tts-controller"])
 
 
+async def quarantined(inspected: Inspected) -> dict[str, float]:
+    """Return whether each controller is quarantined, as `/metrics` says."""
+    await inspected.proxy.metric("autotts_registry_version")  # reads the registry
+    samples = [sample for family in inspected.service.metrics.quarantined.collect() for sample in family.samples]
+    return {sample.labels["controller"]: sample.value for sample in samples}
+
+
 def holders(keys: set[str]) -> list[object]:
     """Return the dictionaries and sets of this process that have one of these keys or members."""
     gc.collect()
@@ -244,9 +251,38 @@ async def test_a_quarantine_in_the_registry_outlasts_the_metrics(serve: Serve, r
         assert await ask(inspected.proxy) == DEFAULT
         await asyncio.gather(*inspected.service.controllers._registry_tasks)
         inspected.look()
-        assert not inspected.controllers
         assert digest in inspected.service.controllers.quarantined
         assert not inspected.service.controllers._failures.digests
+        assert await quarantined(inspected) == {"failing": 1}
+        registry.promote(digest, RolloutStage.CANARY, 0, ME)  # lifts it
+        assert await quarantined(inspected) == {"failing": 0}
+        registry.drop_canary(digest, ME)
+        await inspected.proxy.metric("autotts_registry_version")
+        inspected.look()
+        assert not inspected.controllers
+
+
+async def test_a_quarantine_is_reported_until_a_controller_of_that_name_replaces_it(
+    serve: Serve, registry: Registry, backend: HeldVLLM
+) -> None:
+    backend.models = ["fake-model", "small"]
+    registry.install(Spec("mine", HONEST), {"headline": ""}, RolloutStage.CHAMPION, 0, ME, "small")
+    install(registry, "mine", FAILING)
+    async with serve() as inspected:
+        for _ in range(3):
+            assert await ask(inspected.proxy) == "mine"
+        assert await ask(inspected.proxy) == DEFAULT
+        await asyncio.gather(*inspected.service.controllers._registry_tasks)
+        inspected.look()
+        assert await quarantined(inspected) == {"mine": 1}  # although that of the other model has not failed
+        later = install(registry, "mine", f"{HONEST}# later\n")
+        assert await ask(inspected.proxy) == "mine"
+        assert await quarantined(inspected) == {"mine": 0}
+        registry.drop_canary(later, ME)
+        registry.roll_back(ME, "small")
+        await inspected.proxy.metric("autotts_registry_version")
+        inspected.look()
+        assert not inspected.controllers
 
 
 async def test_models_that_the_upstream_serves_no_longer_are_forgotten(serve: Serve, backend: HeldVLLM) -> None:
