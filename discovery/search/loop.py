@@ -235,7 +235,7 @@ class SearchLoop:
         self.history.append("judged", {"step": self.steps, "verdicts": [asdict(one) for one in verdicts]})
 
     def _lineage(self, candidate: Candidate) -> list[str]:
-        known = {one.digest: one for one in self.candidates}
+        known = {one.digest: one for one in reversed(self.candidates)}  # of equal ones the first
         line = [candidate.digest]
         while (parent := known[line[-1]].parent if line[-1] in known else None) and parent not in line:
             line.append(parent)

@@ -374,7 +374,9 @@ def test_the_finalist_is_the_best_in_new_branch_orders_and_has_its_lineage(
     first = written(VOTE.format(most="round(4 ** beta)"), "first")
     second = written(VOTE.format(most="round(8 ** beta)"), "second", parent=first.digest)
     third = written(GOOD, "third", parent=second.digest, note="more of it")
-    run = started(tmp_path / RECORD, Given([first], [second], [third], [written(WEAK, "weak")]), Remembering(arenas))
+    repeats = [replace(one, parent=one.digest) for one in (first, second, third)]  # as an explorer that changes nothing
+    batches = [first], [second], [third], [written(WEAK, "weak"), *repeats]
+    run = started(tmp_path / RECORD, Given(*batches), Remembering(arenas))
     run.search(SearchLimits(4))
     finalist = run.choose_finalist(shuffles=1)
     chosen = run.history.bodies("chosen")[0]
