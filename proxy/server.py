@@ -38,7 +38,12 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, settings: Settings, on_up: Callable[[], None] = lambda: None, place: WorkerPlace | None = None
+        self,
+        settings: Settings,
+        on_up: Callable[[], None] = lambda: None,
+        place: WorkerPlace | None = None,
+        *,
+        heeds_signals: bool = True,
     ) -> None:
         self.up = asyncio.Event()  # set once the server accepts connections
         app = self._app = create_app(settings, place)
@@ -51,6 +56,7 @@ class Server(uvicorn.Server):
         self.connections = Connections(room, settings.max_connections_per_address, count)
         limits = ConnectionLimits(settings.head_s, settings.body_s, settings.body_rate, settings.write_s)
         self._on_up = on_up
+        self._heeds_signals = heeds_signals
         self._drain_s = settings.drain_s
         self._draining: asyncio.Task[None] | None = None
         super().__init__(
@@ -96,7 +102,7 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        signals = (signal.SIGINT, *exit_signals())
+        signals = (signal.SIGINT, *exit_signals()) if self._heeds_signals else ()
         for each in signals:
             loop.add_signal_handler(each, self.handle_exit, each, None)
         yield
@@ -128,9 +134,9 @@ def listen(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
 
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[str]:
-    """Run a proxy on a free port of 127.0.0.1 and yield its URL. Raises StartError."""
+    """Run a proxy on a free port of 127.0.0.1 and yield its URL. Signals are left to the caller. Raises StartError."""
     with listen("127.0.0.1", 0) as listening:
-        server = Server(settings)
+        server = Server(settings, heeds_signals=False)
         task = asyncio.create_task(server.serve(sockets=[listening]))
         up = asyncio.create_task(server.up.wait())
         try:
