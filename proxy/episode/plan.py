@@ -269,7 +269,10 @@ async def _limits(
     cap = smallest(request.tts.max_total_tokens, caps.tokens)
     lengths = _lengths(settings, request, sizes, cap)
     if cap is not None and cap < lengths.least:
-        raise _cap_error(caps, request.tts.max_total_tokens, cap, _least_cap(settings, request, sizes, lengths.least))
+        least = _least_cap(settings, request, sizes, lengths.least)
+        if caps.prompts > 1:  # the shorter the prompt, the more an interval and its answer may take
+            least = _least_cap(settings, request, sizes._replace(prompt=0), least)
+        raise _cap_error(caps, request.tts.max_total_tokens, cap, least)
     probe = settings.probe_tokens
     return _RequestLimits(
         EnvironmentLimits(
@@ -337,7 +340,10 @@ def _least_cap(settings: Settings, request: GenerationRequest, sizes: _Sizes, le
 
 
 def _cap_error(caps: EpisodeCaps, own: int | None, cap: int, least: int) -> BadRequest:
-    """Return the error for a token cap below `least`. `own` is the client's limit for all prompts of its request."""
+    """Return the error for a token cap below `least`, which suffices for each prompt.
+
+    `own` is the client's limit for all prompts of its request.
+    """
     several = caps.prompts > 1
     is_clients = own is not None and cap == max(1, own // caps.prompts)
     source = caps.source or "the server's limit AUTOTTS_MAX_TOTAL_TOKENS"
@@ -347,10 +353,10 @@ def _cap_error(caps: EpisodeCaps, own: int | None, cap: int, least: int) -> BadR
         remedy = "set tts.max_total_tokens"
     else:
         remedy = "raise it" if is_clients else "ask for shorter replies, or ask the operator to raise it"
-    needs = f"{'each' if several else 'this request'} needs at least {least} for one interval and its answer"
+    needs = "each needs up to" if several else "this request needs at least"
     total = f", {caps.prompts * least} in all" if several else ""
     return BadRequest(
-        f"{source} is {cap} tokens; {needs}{total}; {remedy}",
+        f"{source} is {cap} tokens; {needs} {least} for one interval and its answer{total}; {remedy}",
         param="tts.max_total_tokens" if is_clients else None,
         code="cap_too_small",
     )

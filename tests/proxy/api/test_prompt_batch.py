@@ -24,7 +24,7 @@ from proxy.requests.generation_request import PassThroughReason
 from proxy.requests.parsing import parse_request
 from proxy.server import running
 from proxy.settings import load
-from tests.fakes import ASSISTANT, MODEL, FakeVLLM, chain
+from tests.fakes import ASSISTANT, MAX_LENGTH, MODEL, FakeVLLM, chain
 from tests.proxy.conftest import INTERVAL, SMALL, Proxy
 
 PROMPTS = [f"first{ASSISTANT}", f"second one{ASSISTANT}", f"3{ASSISTANT}"]
@@ -141,6 +141,15 @@ async def test_a_cap_that_is_too_small_for_several_prompts_names_one_that_suffic
     assert (status, reply["error"]["code"]) == (400, "cap_too_small")
     status, _, reply = await post(proxy, tts={"beta": 1, "max_total_tokens": least})
     assert (status, len(reply["tts"]["prompts"])) == (200, 3)
+
+
+@pytest.mark.parametrize("tts", [{}, {"answer": "boxed"}])
+async def test_the_cap_that_several_prompts_need_suffices_for_the_shortest(proxy: Proxy, tts: dict[str, Any]) -> None:
+    prompts = [f"{'x' * (MAX_LENGTH - 80)}{ASSISTANT}", *PROMPTS]  # the first leaves no room for a whole interval
+    _, _, reply = await post(proxy, prompt=prompts, tts={"beta": 1, **tts, "max_total_tokens": 300})
+    least = int(reply["error"]["message"].partition(" in all")[0].rpartition(" ")[2])
+    status, _, reply = await post(proxy, prompt=prompts, tts={"beta": 1, **tts, "max_total_tokens": least})
+    assert (status, len(reply.get("choices", ()))) == (200, 4), reply
 
 
 async def test_a_too_long_prompt_refuses_the_batch_before_any_is_served(proxy: Proxy) -> None:
