@@ -100,6 +100,7 @@ class Evaluation:
     weights: Weights = field(default_factory=lambda: DEFAULT_WEIGHTS)
     version: str = ""  # beginning of a version's digest; empty: chosen by `scorable_recordings`
     is_warning: bool = True  # whether problems with the recordings are logged
+    is_read: bool = False  # whether `read_scorable` has returned them before, and has logged what it found
     anchors: dict[Cell, Anchor] = field(default_factory=dict)  # of the cells that `run` has read
 
     @property
@@ -145,8 +146,9 @@ class Evaluation:
         Its grading is added to `graded`, its branch counts to `branches`, and problems with its probes to `probes`.
         """
         is_probing = any(spec.needs_probes for spec in self.specs)
+        is_warning = self.is_warning and not self.is_read
         for cell, (recorded, selected) in each_scorable(
-            self.cells, lambda cell: read_scorable(self.source, cell, self.weights, self.version)
+            self.cells, lambda cell: read_scorable(self.source, cell, self.weights, self.version, is_warning)
         ):
             weights = [_weight(item, self.weights) for item in recorded]
             answers = self.answers.resolve(recorded)
@@ -241,14 +243,15 @@ class ScorableCell(NamedTuple):
 
 
 def read_scorable(
-    source: RecordingSource, cell: Cell, weights: Weights = DEFAULT_WEIGHTS, version: str = ""
+    source: RecordingSource, cell: Cell, weights: Weights = DEFAULT_WEIGHTS, version: str = "", is_warning: bool = True
 ) -> ScorableCell:
     """Return the complete recordings of a cell with a reference that counts, all of one version, one per question.
 
     If clients judged questions of the cell wrong whose right answer is unknown, only `unselected_sources` count.
 
     If `version` is empty and there are several versions made here, the one chosen was made with the latest upstream and
-    has the most common sampling. What is left out is logged. Raises RecordingsNotFound.
+    has the most common sampling. What is left out is logged, and with `is_warning` also that feedback biases labels.
+    Raises RecordingsNotFound.
     """
     recorded = source.load(cell)
     graded, selected = _graded(cell, recorded, weights)
@@ -258,7 +261,7 @@ def read_scorable(
         log.warning(
             "%s: no recording of the newest version, %s, can be scored", " ".join(cell), made_here[-1].version.digest
         )
-    if any(item.label_source is LabelSource.FEEDBACK for item in kept):
+    if is_warning and any(item.label_source is LabelSource.FEEDBACK for item in kept):
         log.warning("%s: right answers are known by feedback: %s", " ".join(cell), UNEVEN_FEEDBACK)
     return ScorableCell(pool_recordings(kept), selected)
 

@@ -18,6 +18,7 @@ from discovery.evaluation.sources import RecordingSource
 from discovery.promotion.conditions import DEFAULT_TERMS, GateTerms
 from discovery.promotion.ledger import DISTURBED, FREE_DISTURBANCES, Ledger, fingerprint, shorten_ids
 from discovery.promotion.searched_questions import SearchedQuestions
+from discovery.promotion.selected_source import SelectedSource
 from discovery.promotion.verdict import GateReport
 
 
@@ -75,6 +76,7 @@ class Comparison:
                 self.rules,
                 weights=DEFAULT_WEIGHTS,  # votes never decide a judgement
                 is_warning=is_warning,
+                is_read=isinstance(source, SelectedSource),
             ),
             self.engine,
         )

@@ -11,7 +11,7 @@ from discovery.promotion.ledger import shorten_ids
 
 @dataclass(frozen=True)
 class SelectedSource:
-    """Recordings in memory, as a source."""
+    """Recordings in memory that `read_scorable` has returned, as a source."""
 
     recordings: Mapping[Cell, Sequence[RecordedQuestion]]
 

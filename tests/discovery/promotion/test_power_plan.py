@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from controllers.loading import Spec
 from discovery.commands.gate_plan import show_plan
 from discovery.data.importers import format_recording_line
-from discovery.data.recordings import Cell, RecordedQuestion, Split
+from discovery.data.recordings import Cell, LabelSource, RecordedQuestion, Split
 from discovery.errors import GateError
 from discovery.evaluation.engines import EngineName, make_engine
-from discovery.evaluation.evaluate import AnswerComparison
+from discovery.evaluation.evaluate import UNEVEN_FEEDBACK, AnswerComparison
 from discovery.evaluation.paired_statistics import questions_needed, sign_flip_p
 from discovery.evaluation.replay_jobs import ReplayRules
 from discovery.promotion.comparison import Comparison
@@ -273,6 +273,15 @@ def test_the_plan_command_plans_for_the_default_orders_of_each_judgement_and_war
     assert (written["measured_orders"], written["orders"]) == (20, {"single": 100, "sequential": 20})
     assert "planned for a judgement with 100 orders" in done.output
     assert "branches are recorded" not in done.output
+
+
+def test_a_plan_warns_once_of_each_cell_that_labels_are_from_feedback(caplog: pytest.LogCaptureFixture) -> None:
+    items = [*recorded(6, Split.SEARCH), *recorded(6, Split.VALIDATION)]
+    source = Guarded(*(replace(item, label_source=LabelSource.FEEDBACK) for item in items))
+    make_plan(compared(orders=2), source, source.cells(), None)
+    assert [record.message for record in caplog.records if UNEVEN_FEEDBACK in record.message] == [
+        f"{' '.join(cell)}: right answers are known by feedback: {UNEVEN_FEEDBACK}" for cell in source.cells()
+    ]
 
 
 def test_a_plan_warns_once_of_branches_that_are_missing(caplog: pytest.LogCaptureFixture) -> None:
