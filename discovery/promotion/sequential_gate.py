@@ -118,9 +118,11 @@ class _Look:
         if before is not None and before.verdict is not GateVerdict.UNDECIDED:
             return before
         k = self._ledger.next_k(sorted(self._branches_by_id)) if before is None else before.k
-        state = self._begin(k) if before is None or before.sequence is None else before.sequence
+        taken = self._ledger.questions_at_level(k, self._id)
+        state = self._begin(taken) if before is None or before.sequence is None else before.sequence
+        self._check_labels(state)
         known = {*state.gains, *state.axis_questions}
-        excluded = self._ledger.questions_at_level(k, self._id) - known
+        excluded = taken - known
         added = [question for question in self._branches_by_id if question not in known]
         waiting = [question for question in added if self._branches_by_id[question] < state.branches]
         fresh = sorted(set(added) - set(waiting) - excluded)
@@ -141,7 +143,26 @@ class _Look:
             waiting=len(waiting),
             excluded=len(excluded.intersection(added)),
         )
-        return self._record(self._judge(measured, state, k, self.check_unseen(state, before)), before)
+        report = self._judge(measured, state, k, self.check_unseen(state, before))
+        return self._record(report, before, fresh) or self.report()
+
+    def _check_labels(self, state: SequenceReport) -> None:
+        """Raise GateError if questions of earlier looks were chosen by their outcome, as feedback since then shows."""
+        chosen = {
+            question
+            for cell, selected in self._left_out.items()
+            if selected.left_out
+            for item in self._source.load(cell)
+            if item.label_source in selected.left_out
+            and (question := shorten_id(item.question)) in state.gains
+            and question not in self._branches_by_id
+        }
+        if chosen:
+            raise GateError(
+                f"{len(chosen)} tested questions are labelled by feedback and no longer count, because clients judged "
+                "others wrong whose right answer is unknown. Send the right answers of these as feedback "
+                '("answer"), or give references to `autotts label`; nothing was spent'
+            )
 
     def _count_branches(self) -> dict[str, int]:
         """Return the fewest branches that any cell recorded of each question that is in all cells, by shortened id."""
@@ -181,13 +202,16 @@ class _Look:
             name = self._comparison.finalist.name
             raise GateError(f"the ledger's report on {name} is not valid: {error}") from None
 
-    def _begin(self, k: int) -> SequenceReport:
-        """Return the state of a new sequence: the curves at which questions are valued, and no values yet."""
+    def _begin(self, taken: set[str]) -> SequenceReport:
+        """Return the state of a new sequence: the curves at which questions are valued, and no values yet.
+
+        Other judgements have `taken` questions at the level of the sequence.
+        """
         if not self._branches_by_id:
             raise GateError("no question was recorded with every model; collect the same questions with all of them")
         branches = median_low(self._branches_by_id.values())
         usable = {question for question, count in self._branches_by_id.items() if count >= branches}
-        usable -= self._ledger.questions_at_level(k, self._id)
+        usable -= taken
         others, axis_questions = self._other_splits(branches), list[str]()
         if others is None:
             axis_questions = sorted(usable)[:AXIS_QUESTIONS]
@@ -262,12 +286,20 @@ class _Look:
             return report
         return replace(report, more=_questions_missing(gains, accuracy, terms, report.alpha))
 
-    def _record(self, report: GateReport, before: GateReport | None) -> GateReport:
-        """Append the look to the ledger, unless another process has added one meanwhile; return the latest report."""
+    def _record(self, report: GateReport, before: GateReport | None, fresh: Sequence[str]) -> GateReport | None:
+        """Append the look to the ledger, unless another process has added one meanwhile; return the latest report.
+
+        If another judgement has meanwhile spent the level of this look on its questions, nothing is added, and None is
+        returned.
+        """
         with self._ledger.locked():
             latest = self._latest()
             if latest is not None and (before is None or latest != before):
                 return latest
+            if before is None and self._ledger.next_k(sorted(self._branches_by_id)) != report.k:
+                return None
+            if not self._ledger.questions_at_level(report.k, self._id).isdisjoint(fresh):
+                return None
             state = report.sequence
             questions = [] if state is None else [*state.gains, *state.axis_questions]
             self._comparison.record(self._ledger, report, questions, self._id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from controllers.loading import Spec
-from discovery.data.recordings import RecordedQuestion, Split
+from discovery.data.recordings import LabelSource, RecordedQuestion, Split
 from discovery.errors import GateError
 from discovery.evaluation.engines import EngineName, make_engine
+from discovery.evaluation.evaluate import UNEVEN_FEEDBACK
 from discovery.evaluation.paired_statistics import sequential_alpha
 from discovery.evaluation.replay_jobs import ReplayRules
+from discovery.evaluation.score_set import ScoreSet, score_controllers
 from discovery.promotion import comparison
 from discovery.promotion.comparison import Comparison
 from discovery.promotion.conditions import GateTerms
@@ -145,6 +147,71 @@ def test_questions_of_another_judgement_at_the_same_level_are_left_out(tmp_path:
     assert run_gate(source, source.cells(), comparison, path).k == 1
     report = look([*first, *other, *recorded(4, start=200)], path)
     assert (report.questions, sequence(report).excluded) == (8, 6)
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, judge: Callable[[], object]) -> None:
+    """Let `judge` run to its end during the next replay."""
+
+    def replay(*arguments: Any) -> ScoreSet:
+        monkeypatch.setattr(comparison, "score_controllers", score_controllers)
+        judge()
+        return score_controllers(*arguments)
+
+    monkeypatch.setattr(comparison, "score_controllers", replay)
+
+
+def test_a_sequence_begins_at_the_next_level_if_another_took_its_level_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger"
+    meanwhile(monkeypatch, lambda: look(recorded(14), path, finalist=Spec("single")))
+    report = look(recorded(14), path)
+    assert (report.k, report.alpha) == (2, sequential_alpha(2, 0.05))
+    assert [line.k for line in Ledger(path).judgements()] == [1, 2]
+
+
+def test_questions_that_another_judgement_took_at_the_level_meanwhile_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger"
+    first, other = recorded(14), recorded(6, start=100)
+    assert look(first, path).k == 1
+    source = Given(*other)
+    engine = make_engine(EngineName.LOCAL)
+    gate = Comparison(Spec("asc@4"), VOTES, engine, ReplayRules(16), BETAS, 1, "now", "me")
+    meanwhile(monkeypatch, lambda: run_gate(source, source.cells(), gate, path))
+    report = look([*first, *other, *recorded(4, start=200)], path)
+    assert (report.questions, sequence(report).excluded) == (8, 6)
+    assert [line.k for line in Ledger(path).judgements()] == [1, 1, 1]
+
+
+def test_a_look_is_refused_if_feedback_has_chosen_tested_questions_by_their_outcome(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    right = [replace(item, label_source=LabelSource.FEEDBACK) for item in recorded(14)]
+    first = look(right, path)
+    more = recorded(12, start=100)
+    wrong = replace(more[0], reference=None, judged_wrong=True)
+    with pytest.raises(GateError, match="4 tested questions are labelled by feedback and no longer count"):
+        look([*right, *more[1:], wrong], path)
+    assert len(Ledger(path).judgements()) == 1
+    stated = replace(more[0], label_source=LabelSource.FEEDBACK)
+    assert look([*right, *more[1:], stated], path).questions == first.questions + 12
+
+
+def test_tested_questions_whose_recordings_are_gone_stay_beside_others_that_feedback_chose(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    more = recorded(12, start=100)
+    chosen = replace(more[1], label_source=LabelSource.FEEDBACK)  # no look has tested it
+    wrong = replace(more[0], reference=None, judged_wrong=True)
+    assert look(recorded(14), path).questions == 4
+    assert look([*more[2:], chosen, wrong], path).questions == 14
+
+
+def test_a_look_warns_once_that_labels_are_from_feedback(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    look([replace(item, label_source=LabelSource.FEEDBACK) for item in recorded(14)], tmp_path / "ledger")
+    assert [record.message for record in caplog.records if UNEVEN_FEEDBACK in record.message] == [
+        f"m b held-out: right answers are known by feedback: {UNEVEN_FEEDBACK}"
+    ]
 
 
 def test_other_settings_are_another_sequence_at_the_next_level(tmp_path: Path) -> None:
