@@ -124,17 +124,17 @@ class Store:
         """
         return await self.write(lambda connection: transactions.add_recordings(connection, recordings))
 
-    async def add_all(self, items: Sequence[StoreItem]) -> list[RecordedQuestion]:
+    async def add_all(self, items: Sequence[StoreItem]) -> list[StoreItem]:
         """Add all items from the proxy or none; those that exist already are left unchanged.
 
         Forgotten data is not added again: recordings and feedback are added only if their request's episode is there.
-        Returns the recordings that were left out for that reason.
+        Returns the recordings and the feedback that were left out for that reason.
         """
         episodes = [item for item in items if isinstance(item, ServedEpisode)]
         feedback = [item for item in items if isinstance(item, Feedback)]
         recordings = [item for item in items if isinstance(item, RecordedQuestion)]
 
-        async def work(connection: DatabaseConnection) -> list[RecordedQuestion]:
+        async def work(connection: DatabaseConnection) -> list[StoreItem]:
             kept = await transactions.without_forgotten(connection, episodes)
             if kept:
                 episode_rows, facts = await asyncio.to_thread(_episode_rows, kept)
@@ -144,12 +144,13 @@ class Store:
             rated = [item for item in feedback if item.request_id in served_requests]
             if rated:
                 await connection.insert_rows("feedback", map(rows.feedback_row, rated))
-            served, left_out = list[RecordedQuestion](), list[RecordedQuestion]()
-            for recorded in recordings:
-                (served if recorded.request in served_requests else left_out).append(recorded)
+            served = [recorded for recorded in recordings if recorded.request in served_requests]
             if served:
                 await transactions.add_recordings(connection, served)
-            return left_out
+            return [
+                *(item for item in feedback if item.request_id not in served_requests),
+                *(recorded for recorded in recordings if recorded.request not in served_requests),
+            ]
 
         return await self.write(work)
 

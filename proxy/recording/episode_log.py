@@ -174,6 +174,8 @@ class EpisodeLog:
         kept = self.writer.put(feedback.request, lambda: record, hurry=True)
         await asyncio.wait({kept}, timeout=ACKNOWLEDGE_S)
         if kept.done() and not kept.result():
+            if await self.writer.owner(feedback.request) is None:  # the request was forgotten, or its record was lost
+                raise _unknown(feedback.request)
             raise RecordsAway("the feedback queue is full; retry later", code="recorder_full")
         self._metrics.feedback.labels(kind, "unknown" if satisfied is None else str(satisfied).lower()).inc()
         is_first = satisfied is not None and feedback.request not in self._rated

@@ -13,7 +13,6 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from discovery.data.recordings import RecordedQuestion
 from discovery.errors import StoreError, UnstorableValue
 from discovery.store import Store, StoreItem, StorePlace
 from discovery.store.records import stored_time
@@ -31,7 +30,7 @@ EXPIRY_S: Final = 3600.0
 
 STORED: Final = "stored"
 DROPPED: Final = "dropped"
-"""Outcome of a recording whose request is not in the store, because it was forgotten or lost."""
+"""Outcome of a recording or feedback whose request is not in the store, because it was forgotten or lost."""
 UNWRITABLE: Final = "unwritable"
 
 
@@ -57,7 +56,7 @@ class StoreConnection:
         self._report = report
         self._on_change = on_change
         self._failed = asyncio.Event()
-        self._slow: asyncio.Task[list[RecordedQuestion]] | None = None  # a transaction that takes too long
+        self._slow: asyncio.Task[list[StoreItem]] | None = None  # a transaction that takes too long
 
     @property
     def is_stuck(self) -> bool:
@@ -157,7 +156,7 @@ class StoreConnection:
         self._report(reason)
         self._on_change(False)
 
-    def _end_slow(self, task: asyncio.Task[list[RecordedQuestion]]) -> None:
+    def _end_slow(self, task: asyncio.Task[list[StoreItem]]) -> None:
         """Clear a slow transaction that has ended. Its records have been written to the spill file meanwhile."""
         self._slow = None
         if not task.cancelled() and (error := task.exception()) is not None:

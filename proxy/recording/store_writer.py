@@ -188,20 +188,21 @@ class StoreWriter:
     ) -> asyncio.Future[bool]:
         """Queue the record that `make` builds. The returned future is True once it is on disk, False if it was lost.
 
-        `owner` is stored as the owner of `request`, if given. With `hurry` the record does not wait for others.
+        `owner` is kept as the owner of `request`, if given, until the record is lost or refused. With `hurry` the
+        record does not wait for others.
         """
         kept: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         record = QueuedRecord(request, make, kept)
         if not self.is_on:
             kept.set_result(False)
             return kept
+        if self.waiting >= self._max_queue or self._is_closing:
+            self._settle("closed" if self._is_closing else "full", record)
+            return kept
         if owner is not None:
             self._owners[request] = shared_owner(owner)
             if len(self._owners) > RECENT:
                 self._owners.popitem(last=False)
-        if self.waiting >= self._max_queue or self._is_closing:
-            self._settle("closed" if self._is_closing else "full", record)
-            return kept
         self._queue.append(record)
         self.metrics.recorder_queue.set(self.waiting)
         self._work.set()
@@ -245,6 +246,8 @@ class StoreWriter:
         is_kept = outcome in (STORED, SPILLED, RECOVERED)
         if record is not None and not record.kept.done():
             record.kept.set_result(is_kept)
+        if record is not None and outcome in (DROPPED, UNWRITABLE):
+            self._owners.pop(record.request, None)  # so that its request is looked up in the store
         if is_kept:
             self.metrics.records.labels(outcome).inc()
         elif outcome != DROPPED:

@@ -277,6 +277,25 @@ async def test_feedback_sent_by_an_admin_is_stored_for_the_tenant_of_the_request
     assert recorded.tenant == kept.tenant != ""
 
 
+async def test_feedback_on_a_request_that_was_forgotten_meanwhile_gets_404_and_is_not_counted(
+    backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(episode_log, "ACKNOWLEDGE_S", 30.0)
+    path = tmp_path / "s.db"
+    async with serving(backend, path) as proxy:
+        _, _, body = await proxy.ask("0.5", tts={"answer": "boxed"})
+        async with Store.open(path) as store:
+            await until(store.episodes)
+            await store.forget(request=body["id"])
+            for _ in range(2):  # the first finds the owner in memory
+                status, reply = await call(proxy, "POST", "/v1/tts/feedback", body={"id": body["id"], "correct": True})
+                assert (status, reply["error"]["code"]) == (404, "unknown_request")
+            assert await store.feedback() == []
+        assert await proxy.metric("autotts_feedback_total") == 0
+        assert await proxy.metric("autotts_recorder_records_total", outcome="stored") == 1
+        assert await proxy.metric("autotts_recorder_lost_total") == 0
+
+
 async def test_feedback_keeps_its_order_when_the_clock_is_set_back(
     backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from proxy.recording.store_writer import RECENT, RequestOwner, StoreWriter
@@ -26,8 +27,22 @@ async def test_recent_requests_of_one_owner_share_it(tmp_path: Path) -> None:
 
 
 async def test_owners_of_the_latest_requests_only_are_kept(tmp_path: Path) -> None:
-    writer = StoreWriter(load(store=tmp_path / "store.db", recorder_queue=1), Metrics())
+    writer = StoreWriter(load(store=tmp_path / "store.db", recorder_queue=2 * RECENT), Metrics())
     for number in range(RECENT + 10):
         writer.put(f"request {number}", lambda: episode("a"), _owner("d"))
     assert len(writer._owners) == RECENT
     assert await writer.owner(f"request {RECENT}") == _owner("d")
+
+
+async def test_a_request_whose_record_is_lost_has_no_owner(tmp_path: Path) -> None:
+    """Feedback on it would be queued, acknowledged and dropped, because its episode is not in the store."""
+    writer = StoreWriter(load(store=tmp_path / "store.db", recorder_queue=1), Metrics())
+    await writer.open()
+    try:
+        unwritable = replace(episode("bad"), tenant="\ud800")
+        refused = writer.put("bad", lambda: unwritable, _owner("d"), hurry=True)
+        assert not await writer.put("full", lambda: episode("full"), _owner("d"))
+        assert not await refused
+        assert [await writer.owner(name) for name in ("bad", "full")] == [None, None]
+    finally:
+        await writer.close()
