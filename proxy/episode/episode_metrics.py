@@ -22,15 +22,16 @@ def count_episode(
     rounds: Sequence[Round],
     reply: Reply | None,
     outcome: str,
+    stop: str,
 ) -> None:
     """Count an ended episode. `outcome` is answered, failed, disconnected, or draining (cut by a shutdown).
 
-    `reply` is None unless the outcome is "answered".
+    `reply` is None unless the outcome is "answered". `stop` is the stop reason, as it is recorded.
     """
     model, controller = plan.prompt.model, controller_label(plan.controller)
     by_beta = (model, controller, plan.beta.bucket)
     metrics.requests.labels(model, controller, outcome).inc()
-    metrics.episode_stops.labels(model, controller, state.stop or outcome).inc()
+    metrics.episode_stops.labels(model, controller, stop).inc()
     bill = reply.tokens if reply is not None else {"aborted": environment.meter.billed}
     for purpose, tokens in bill.items():
         metrics.tokens.labels(*by_beta, purpose).inc(tokens)

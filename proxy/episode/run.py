@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 COMPOSE_S: Final = 2.0
 """Seconds after the deadline in which a reply may still be composed. After that the text so far is returned."""
+_REPLIED: Final = frozenset({Stop.ANSWERED, Stop.MAX_TOKENS, Stop.NOT_VOTABLE})
+"""Stop reasons of episodes that a reply follows, unless the client disconnects or composing it fails."""
 
 
 async def serve_request(
@@ -93,14 +95,16 @@ async def serve_request(
     finally:
         if reply is None:
             environment.salvage()
+        stop = _stop_reason(state, reply, outcome)
         if on_ended is not None:
-            on_ended(environment.meter.billed, None if outcome == "refused" else str(state.stop or outcome))
+            on_ended(environment.meter.billed, None if outcome == "refused" else stop)
         if outcome == "refused":  # like requests that the proxy refuses itself: no episode took place
             metrics.requests.labels(plan.prompt.model, controller_label(plan.controller), outcome).inc()
         else:
-            count_episode(metrics, plan, environment, state, runner.measured_rounds, reply, outcome)
-            runner.end(state, environment.meter.billed, plan.provenance.tenant)
-            episode_log.record(plan, runner, environment, state, reply, outcome)
+            count_episode(metrics, plan, environment, state, runner.measured_rounds, reply, outcome, stop)
+            has_answered = state.stop is Stop.ANSWERED and outcome != "failed"
+            runner.end(state, environment.meter.billed, plan.provenance.tenant, has_answered=has_answered)
+            episode_log.record(plan, runner, environment, state, reply, stop)
 
 
 def record_unstarted(
@@ -111,7 +115,14 @@ def record_unstarted(
     state = State(plan.limits)
     state.end(Stop.DEADLINE)
     runner = ControllerRunner(controllers, plan.choice, plan.prompt.model, None, plan.agreement_rule)
-    episode_log.record(plan, runner, environment, state, None, "failed")
+    episode_log.record(plan, runner, environment, state, None, Stop.DEADLINE)
+
+
+def _stop_reason(state: State, reply: Reply | None, outcome: str) -> str:
+    """Return why a request ended. Without a reply it is the outcome, unless the episode itself ended without one."""
+    if state.stop is None or (reply is None and state.stop in _REPLIED):
+        return outcome
+    return str(state.stop)
 
 
 def _is_invalid_request(error: ApiError) -> bool:
@@ -247,4 +258,6 @@ async def _compose(
             plan, environment, state, recorded, runner.fallback, runner.escalated_beta, timeout_s
         )
     except UpstreamError as error:
+        if state.stop in _REPLIED:
+            state.stop = Stop.UPSTREAM_ERROR
         raise failure or error from None

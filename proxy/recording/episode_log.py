@@ -107,17 +107,17 @@ class EpisodeLog:
         environment: EpisodeEnvironment,
         state: State,
         reply: Reply | None,
-        outcome: str,
+        stop: str,
     ) -> None:
         """Queue the record of an ended episode and, if it was sampled, the completion of its branches.
 
-        `outcome` is the reason why it ended, for episodes without a stop reason in their state.
+        `stop` is the reason why it ended: that of its state, or another if it has no reply.
         """
         if not self.writer.is_on:
             return
         owner = RequestOwner(plan.provenance.tenant, plan.stage, plan.spec.digest, plan.prompt.model)
         sampled = reply is not None and self._complete_later(plan, runner, environment, state)
-        made = _episode(plan, runner, environment, state, reply, str(state.stop or outcome), self._text, sampled)
+        made = _episode(plan, runner, environment, state, reply, str(stop), self._text, sampled)
         self.writer.put(plan.request_id, made, owner)
 
     def _complete_later(

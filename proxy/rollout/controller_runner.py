@@ -127,14 +127,17 @@ class ControllerRunner:
         """The β at which the episode continued; None if it did not."""
         return None if self._rule is None or self.escalated_at is None else self._rule.escalate_beta
 
-    def end(self, state: State, tokens: int, tenant: str) -> None:
-        """Record the outcome and cost of the episode, also if its client disconnected."""
-        stop, is_escalated = state.stop, self.escalated_at is not None
+    def end(self, state: State, tokens: int, tenant: str, *, has_answered: bool) -> None:
+        """Record the outcome and cost of the episode, also if its client disconnected.
+
+        `has_answered` tells whether the controller answered, and the reply did not fail after that.
+        """
+        is_escalated = self.escalated_at is not None
         if self.fallback is None and not is_escalated:
             self._manager.record_cost(self._choice.spec, self._model, tenant, self._beta, tokens, state)
         if self.fallback not in BLAMELESS:
-            failed = self.fallback is not None or stop is Stop.CONTROLLER_ERROR
-            outcome = EpisodeOutcome(tokens, failed, is_escalated or stop is Stop.ANSWERED)
+            failed = self.fallback is not None or state.stop is Stop.CONTROLLER_ERROR
+            outcome = EpisodeOutcome(tokens, failed, is_escalated or has_answered)
             self._manager.record_episode(self._choice, self._model, outcome)
         if self._has_shadow and self.decided:
             episode = DecidedEpisode(self._beta, state.limits, self.measured_rounds[: self.decided])

@@ -106,7 +106,7 @@ class Turnstile:
         self.entered = asyncio.Semaphore(0)
         plain = Store.add_all
 
-        async def add_all(store: Store, items: list[StoreItem]) -> list[RecordedQuestion]:
+        async def add_all(store: Store, items: list[StoreItem]) -> list[StoreItem]:
             self.entered.release()
             await self.passes.acquire()
             self.seen += [item.id for item in items if not isinstance(item, RecordedQuestion)]
@@ -326,7 +326,7 @@ async def test_records_are_acknowledged_from_the_spill_file_while_the_store_is_s
     async with recording(path) as recorder:
         await until(lambda: recorder.as_json()["store"] == "up")
 
-        async def slow(store: Store, items: list[StoreItem]) -> list[RecordedQuestion]:
+        async def slow(store: Store, items: list[StoreItem]) -> list[StoreItem]:
             await go_on.wait()
             return await plain(store, items)
 
@@ -648,7 +648,7 @@ async def test_each_damaged_or_unwritable_spilled_record_is_counted_lost_once(
     spill.close()
     spill.path.write_bytes(spill.path.read_bytes().replace(b'"c"', b'"d"'))
 
-    async def add_all(store: Store, items: list[StoreItem]) -> list[RecordedQuestion]:
+    async def add_all(store: Store, items: list[StoreItem]) -> list[StoreItem]:
         nonlocal failures
         failures -= 1
         if failures >= 0:

@@ -146,6 +146,49 @@ async def test_cut_failed_and_cancelled_episodes_are_stored_with_their_stop_reas
     assert [episode.stop for episode in await episodes(path)] == ["max_tokens", "upstream_error", "disconnected"]
 
 
+async def test_a_request_whose_final_answer_is_lost_is_not_stored_as_answered(
+    backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The controller has answered and its branch is made to write the answer, which is the last call of a request."""
+
+    async def breaks(*_: Any) -> None:
+        raise LookupError
+
+    answered: list[bool] = []
+    monkeypatch.setattr(
+        "proxy.rollout.controller_manager.ControllerManager.record_episode",
+        lambda _, choice, model, outcome: answered.append(outcome.answered),
+    )
+    backend.chains = [chain("7", 1500, ["7"], mark=chr(97 + i)) for i in range(26)]  # none finishes
+    tts = {"controller": "parallel_probe", "answer": "boxed"}
+    path = tmp_path / "s.db"
+    async with serving(backend, path, store_text="hash") as proxy:
+        assert (await proxy.ask("0", tts=tts))[0] == 200
+        calls = len(backend.requests)
+        backend.fault, backend.fault_after, backend.opened = "hang", 2 * calls - 1, 0
+        asking = asyncio.create_task(proxy.ask("0", tts=tts))
+        await backend.hanging.wait()
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await backend.idle.wait()
+        backend.fault, backend.fault_after, backend.opened = "cut", 3 * calls - 1, 0
+        assert (await proxy.ask("0", tts=tts))[0] == 502
+        backend.fault, backend.opened = "", 0
+        monkeypatch.setattr("proxy.episode.reply._gives_answer", breaks)
+        assert (await proxy.ask("0", tts=tts))[0] == 500
+        for reason in ("answered", "disconnected", "upstream_error", "failed"):
+            assert await proxy.metric("autotts_stops_total", reason=reason) == 1
+    stored = await episodes(path)
+    assert [episode.stop for episode in stored] == ["answered", "disconnected", "upstream_error", "failed"]
+    assert [episode.answer for episode in stored] == ["7"] * 4
+    assert answered == [True, True, False, False]
+    assert [explain(episode)["why"] for episode in stored[1:]] == [
+        "The client disconnected.",
+        "The upstream failed; the best answer so far was 7 (4 of 4 probed branches; no other was given).",
+        "The proxy failed.",
+    ]
+
+
 async def test_a_request_that_the_upstream_refuses_as_invalid_is_no_episode(
     backend: FakeVLLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
