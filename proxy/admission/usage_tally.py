@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass
+from typing import Final
+
+KEY_KINDS: Final = ("generated", "prompt", "passed_through", "passed_through_prompt")
+"""Kinds of tokens that the metrics count by key."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ from proxy.admission.auth import Authenticator
 from proxy.admission.load_shedding import LoadShedding
 from proxy.admission.request_slot import RequestSlots
 from proxy.admission.shared_limits import create_limits
+from proxy.admission.usage_tally import KEY_KINDS
 from proxy.api.beta_defaults import BetaDefaults
 from proxy.api.model_directory import ModelDirectory
 from proxy.environment.answer_reader import GraderPool
@@ -80,8 +81,10 @@ class Service:
             self.controllers.forget_retired,
             self._forget_retired_models,
             self._forget_removed_keys,
+            self._show_keys,
         )
         self._bind_gauges()
+        self._show_keys()
 
     def _bind_gauges(self) -> None:
         """Bind the gauges that are computed when Prometheus reads them."""
@@ -108,6 +111,13 @@ class Service:
             self.metrics.chain_lengths.forget(model)
             self.unapplied.forget(model)
             self.controllers.forget_model(model)
+
+    def _show_keys(self) -> None:
+        """Show the series of every key from 0 on, because Prometheus' `increase` leaves out the first value of each."""
+        if self.settings.key_metrics and (keyring := self.authenticator.keyring) is not None:
+            for key in keyring.keys:
+                for kind in KEY_KINDS:
+                    self.metrics.count_key_tokens(key.name, kind, 0)
 
     def _forget_removed_keys(self) -> None:
         """Remove the sums and metrics of keys that have been removed from the key file."""

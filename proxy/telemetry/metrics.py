@@ -381,7 +381,7 @@ class Metrics:
             self.upstream_requests.labels(model, outcome).inc()
 
     def count_key_tokens(self, key: str, kind: str, tokens: int) -> None:
-        """Count tokens of a configured key."""
+        """Count tokens of a configured key. With 0 tokens, its series is shown if it was not."""
         self.child(self.key_tokens, key, kind).inc(tokens)
 
     def count_passed_through(self, model: str, status: int | None, error: BaseException | None) -> None:

@@ -641,7 +641,7 @@ async def test_metrics_count_the_tokens_of_each_key_if_the_operator_wants_it(bac
         (sample.labels["key"], sample.labels["kind"]): sample.value
         for family in text_string_to_metric_families(pages[True])
         for sample in family.samples
-        if sample.name == "autotts_key_tokens_total"
+        if sample.name == "autotts_key_tokens_total" and sample.value
     }
     bill, usage = replies[0]["tts"]["tokens"]["total"], replies[0]["usage"]["total_tokens"]
     assert counted == {
@@ -651,6 +651,20 @@ async def test_metrics_count_the_tokens_of_each_key_if_the_operator_wants_it(bac
         ("bob", "passed_through_prompt"): 2,
     }
     assert "alice" not in pages[False]
+
+
+async def test_metrics_show_every_key_from_0_on(backend: FakeVLLM, tmp_path: Path) -> None:
+    """Prometheus' `increase` never counts the first value of a series, so it must not hold a request."""
+    settings = load(upstream=backend.url, keys=keyed(tmp_path / "keys.toml"), admin_key=BOSS, key_metrics=True, **SMALL)
+    async with (
+        running(settings) as url,
+        aiohttp.ClientSession() as http,
+        http.get(f"{url}/metrics", headers=bearer(BOSS)) as response,
+    ):
+        page = await response.text()
+    for key in ("alice", "bob"):
+        for kind in ("generated", "prompt", "passed_through", "passed_through_prompt"):
+            assert f'autotts_key_tokens_total{{key="{key}",kind="{kind}"}} 0.0' in page
 
 
 async def test_metrics_count_the_prompts_of_capped_keys_too(backend: FakeVLLM, tmp_path: Path) -> None:

@@ -320,3 +320,6 @@ async def test_sums_and_metrics_of_keys_that_were_removed_are_forgotten(serve: S
         assert LabelSets(inspected.service.metrics, "key").values() == {"alice"}
         assert tally.of("alice").passed_tokens == 5
         assert tally.total.passed_tokens == 10
+        keys.write_text(api_keys.key_file_entry("alice", ALICE) + "\n" + api_keys.key_file_entry("new", f"{ALICE}2"))
+        inspected.look()
+        assert LabelSets(inspected.service.metrics, "key").values() == {"alice", "new"}
