@@ -119,8 +119,8 @@ def record_unstarted(
 
 
 def _stop_reason(state: State, reply: Reply | None, outcome: str) -> str:
-    """Return why a request ended. Without a reply it is the outcome, unless the episode itself ended without one."""
-    if state.stop is None or (reply is None and state.stop in _REPLIED):
+    """Return why a request ended. Without a reply it is the outcome, unless the episode says what failed."""
+    if state.stop is None or (reply is None and (outcome != "failed" or state.stop in _REPLIED)):
         return outcome
     return str(state.stop)
 

@@ -12,7 +12,7 @@ from discovery.store.records import ServedEpisode
 KINDS: Final = ("winner", "agreeing", "losing", "pruned", "probe", "finalise", "judge", "aborted")
 """Purposes that tokens are spent on, as in the bill of a reply."""
 FAILED_STOPS: Final = ("failed", "upstream_error", "controller_error", "disconnected", "draining")
-"""Stop reasons of requests without a full answer."""
+"""Stop reasons of requests without a full answer. Those that end by `deadline` have one or not, so it is not here."""
 COLUMNS: Final = (
     *("created", "id", "tenant", "model", "controller", "stop", "beta"),
     "is_fallback",  # 1 if the baseline took over, else 0

@@ -169,13 +169,17 @@ class UsageReader:
             after = rows[-1][:2]
 
     async def costs(self, model: str, since: datetime, tenant: str | None = None) -> list[CostOfBeta]:
-        """Return mean tokens and seconds by controller and β, of the latest full answers of a model since a time."""
+        """Return mean tokens and seconds by controller and β, of the latest full answers of a model since a time.
+
+        Requests whose deadline passed count if they have tokens: without any they had no reply.
+        """
         where, values = _conditions({"model = ?": model, "created >= ?": stored_time(since), "tenant = ?": tenant})
         failed = ", ".join("?" * len(FAILED_STOPS))
         rows = await self.read(
             "SELECT controller, ROUND(CAST(beta AS NUMERIC), 2), COUNT(*), AVG(tokens), AVG(seconds) FROM "
             f"(SELECT controller, beta, tokens, seconds FROM episode_facts WHERE {where} "
-            f"AND stop NOT IN ({failed}) ORDER BY created DESC LIMIT ?) AS latest GROUP BY 1, 2 ORDER BY 1, 2",
+            f"AND stop NOT IN ({failed}) AND (stop <> 'deadline' OR tokens > 0) ORDER BY created DESC LIMIT ?) "
+            "AS latest GROUP BY 1, 2 ORDER BY 1, 2",
             [*values, *FAILED_STOPS, RECENT],
         )
         return [CostOfBeta(*row) for row in rows]

@@ -103,6 +103,7 @@ async def _usage(context: PageContext, reader: UsageReader, period: Period) -> d
         "tokens": tokens,
         "mean_tokens": tokens / requests if requests else None,
         "failed": sum(end.requests for end in ends if end.name in FAILED_STOPS),
+        "late": sum(end.requests for end in ends if end.name == "deadline"),  # with or without a reply
         "p50": latency_quantile(latencies, 0.5),
         "p95": latency_quantile(latencies, 0.95),
         "ends": sorted(ends, key=lambda end: -end.requests),

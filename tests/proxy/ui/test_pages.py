@@ -111,7 +111,8 @@ async def test_the_figures_are_what_counting_the_stored_rows_gives(backend: Fake
     by_beta = Counter(f"{each.beta:g}" for each in rows)
     assert {x: y for x, y in charts["betas"][0]["points"] if y} == by_beta
     failed = sum(stops[name] for name in ("disconnected", "draining", "failed"))
-    assert f"{failed:,} without a full answer" in page
+    assert stops["deadline"] > 0
+    assert f"{failed:,} without a full answer, {stops['deadline']:,} at their deadline" in page
     expected = sum(each.stop == "deadline" and each.beta >= 0.5 for each in made)
     assert f"{expected} request" in listed
 

@@ -177,6 +177,16 @@ async def test_costs_are_means_of_the_requests_on_one_model(filled: StorePlace) 
     assert sum(cost.requests for cost in mine) == sum((e.model, e.tenant) == (MODEL, TENANT) for e in answered)
 
 
+async def test_costs_leave_out_requests_whose_deadline_passed_before_their_first_token(tmp_path: Path) -> None:
+    (answered,) = served(1, model=MODEL, controller="cmc", beta=0.5, stop="answered", ledger={"winner": 3000})
+    late = replace(answered, id="late", request_id="late", stop="deadline", ledger={"winner": 1000})
+    queued = replace(late, id="queued", request_id="queued", ledger={"aborted": 0})
+    await store_of(tmp_path / "s.db", [answered, late, queued])
+    async with UsageReader(tmp_path / "s.db") as reader:
+        (cost,) = await reader.costs(MODEL, END - timedelta(days=40))
+    assert (cost.requests, cost.tokens) == (2, 2000)
+
+
 FILTERS: dict[str, tuple[RequestFilter, Callable[[ServedEpisode], bool]]] = {
     "none": (RequestFilter(), lambda episode: True),
     "time": (
