@@ -27,6 +27,8 @@ ECHO: Final = b"x-client-request-id"
 _CLIENT_ID: Final = re.compile(rb"[!-~]{1,128}")
 _KEY: Final = re.compile(rb"(?<![0-9A-Za-z])sk-[\w-]{4}")
 """Beginning of an API key as OpenAI, LiteLLM and `autotts keys new` make them."""
+LEAST_KEY_BYTES: Final = 8
+"""Length from which a token may be a key. Shorter ones are placeholders, such as `-`, which ids hold by chance."""
 _KEY_HEADERS: Final = frozenset({b"authorization", b"x-api-key"})
 UNLOGGED_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """Paths that monitoring systems poll. Requests to them are not logged."""
@@ -37,7 +39,9 @@ def _holds_key(sent_id: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bool:
     if _KEY.search(sent_id):
         return True
     tokens = (value.rpartition(b" ")[2] for name, value in headers if name in _KEY_HEADERS)
-    return bool(sent_id) and any(token and token in sent_id for token in tokens)
+    return bool(sent_id) and any(
+        token == sent_id or (len(token) >= LEAST_KEY_BYTES and token in sent_id) for token in tokens
+    )
 
 
 @dataclass

@@ -116,6 +116,17 @@ async def test_a_client_request_id_that_holds_a_key_is_returned_but_not_kept(
     assert not any(sent in line for line in kept)
 
 
+@pytest.mark.parametrize(("token", "is_kept"), [("-", True), ("x-token", True), ("a-x-token-c", False)])
+async def test_a_client_request_id_that_holds_a_short_placeholder_key_is_kept(
+    backend: FakeVLLM, tmp_path: Path, token: str, is_kept: bool
+) -> None:
+    sent = "a-x-token-c"
+    async with serving(backend, tmp_path / "s.db") as proxy:
+        await ask(proxy, "0.5", {"x-request-id": sent, "authorization": f"Bearer {token}"})
+        status, record = await call(proxy, "GET", f"/v1/tts/requests/{sent}", token)
+    assert (status, record.get("client_request_id")) == ((200, sent) if is_kept else (404, None))
+
+
 @pytest.mark.process
 async def test_a_served_request_is_found_by_its_client_request_id(backend: FakeVLLM, tmp_path: Path) -> None:
     path = tmp_path / "s.db"
