@@ -90,6 +90,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         _forbidden_in, spawner().proof = None, proof
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    """Let fixtures of other tests, such as servers of the session, stop after a unit test."""
+    global _forbidden_in
+    _forbidden_in = None
+    return (yield)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Repeat what tests left open, because the short summary gives only the number of such objects."""
     for report in [*terminalreporter.stats.get("error", ()), *terminalreporter.stats.get("failed", ())]:
