@@ -367,6 +367,8 @@ class ControllerManager:
         failed.update(self._quarantined_labels.values())
         for label in {controller_label(spec.name) for spec in installed}.union(reported.values()):
             self.metrics.quarantined.labels(label).set(label in failed)
+        for label in set(reported.values()) - failed:  # what it costs is tested anew
+            self.metrics.overspending.labels(label).set(0)
 
 
 def _staged(assignments: ModelAssignments) -> set[Spec]:

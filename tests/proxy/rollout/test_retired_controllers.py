@@ -254,8 +254,10 @@ async def test_a_quarantine_in_the_registry_outlasts_the_metrics(serve: Serve, r
         assert digest in inspected.service.controllers.quarantined
         assert not inspected.service.controllers._failures.digests
         assert await quarantined(inspected) == {"failing": 1}
+        inspected.service.metrics.overspending.labels("failing").set(1)
         registry.promote(digest, RolloutStage.CANARY, 0, ME)  # lifts it
         assert await quarantined(inspected) == {"failing": 0}
+        assert await inspected.proxy.metric("autotts_controller_overspending", controller="failing") == 0
         registry.drop_canary(digest, ME)
         await inspected.proxy.metric("autotts_registry_version")
         inspected.look()
