@@ -410,4 +410,4 @@ async def test_collecting_across_a_chat_template_change_is_refused_with_502(back
     assert [status for status, _ in replies] == [200, 502, 200]
     assert replies[1][1]["error"]["code"] == "upstream_changed"
     assert len({replies[i][1]["tts"]["recording"]["chat_template"] for i in (0, 2)}) == 2
-    assert [episode.stop for episode in await episodes(tmp_path / "s.db")] == ["answered"] * 3
+    assert [episode.stop for episode in await episodes(tmp_path / "s.db")] == ["answered", "failed", "answered"]
