@@ -100,13 +100,14 @@ async def test_vllm_generates_nothing_beyond_max_total_tokens(served: VllmProxy)
 
 
 async def test_a_deadline_holds_and_the_reply_has_an_answer(served: VllmProxy) -> None:
-    reply = None
+    reply, codes = None, set()
     for deadline in (0.15, 0.3, 0.6, 1.2):
         try:
             reply = await served.ask(1, tts={"deadline_s": deadline, "controller": "self_consistency"})
             break
         except InternalServerError as error:  # a busy machine generates no token by then
-            assert error.code == "deadline_passed"
+            codes.add(error.code)
+    assert codes <= {"deadline_passed"}
     assert reply is not None
     assert reply.tts["stop"] == "deadline"
     assert "\\boxed{" in reply.choices[0].message.content
