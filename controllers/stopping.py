@@ -47,21 +47,21 @@ def e_value(wins: int, losses: int) -> float:
     return (1 << (votes + 1)) / ((votes + 1) * comb(votes, wins)) * confidence(wins, losses)
 
 
-def is_certified(counts: Iterable[int], error: float) -> bool:
+def is_certified(votes: Iterable[int], error: float) -> bool:
     """Return whether the leader is the model's most frequent answer, with a probability of at most `error` to be wrong.
 
-    `counts` are votes in the order in which the answers were first seen, as in `state.votes.values()`. The guarantee
+    `votes` are counted in the order in which the answers were first seen, as in `state.votes.values()`. The guarantee
     holds although votes are watched all the time (CITE, arXiv 2605.05873). The paper certifies an answer named in
     advance. Here the k-th answer that appears is named by its first vote, which does not count, and is tested with
     `error` / (k · (k + 1)). An answer not yet seen has fewer votes than the second, so that it needs no test. Raises
     TypeError for a mapping, of which only the labels would be seen.
     """
-    if isinstance(counts, Mapping):
+    if isinstance(votes, Mapping):
         raise TypeError(MAPPING)
-    votes = list(counts)
-    if not votes:
+    counts = list(votes)
+    if not counts:
         return False
-    first = max(votes)
-    rank = votes.index(first) + 1
-    second = max((count for at, count in enumerate(votes, 1) if at != rank), default=0)
+    first = max(counts)
+    rank = counts.index(first) + 1
+    second = max((count for at, count in enumerate(counts, 1) if at != rank), default=0)
     return e_value(first - 1, second) >= rank * (rank + 1) / error

@@ -155,6 +155,8 @@ def discover(
     """Search for controllers on recordings of the search split. No model is called to score them."""
     if rounds is None and minutes is None and budget_usd is None:
         raise ExplorerError("no stopping condition; give --rounds, --minutes or --budget-usd")
+    if budget_usd is not None and explorer is not ExplorerName.LLM:
+        raise ExplorerError("--budget-usd limits --explorer llm only, whose cost is known; give --rounds or --minutes")
     check_cluster_options(engine, address, workers)
     shown = parse_shown_signals(signals)
     compiled = choose_runner(explorer, tune, kernel)

@@ -16,7 +16,7 @@ from rich.table import Table
 from controllers.builtin import DEFAULT
 from controllers.core.compiled import CORE
 from controllers.dial import parse_beta
-from controllers.errors import BetaError, SandboxUnavailable, UnknownController
+from controllers.errors import BadController, BetaError, SandboxUnavailable, UnknownController
 from controllers.loading import Spec, parse_spec
 from discovery.commands.console import split_names, wide_console
 from discovery.commands.options import (
@@ -93,7 +93,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score controllers on recorded branches, without calling a model."""
-    specs = [parse_spec(text) for text in split_names(controllers)]
+    specs = list({spec.digest: spec for spec in map(parse_spec, split_names(controllers))}.values())
+    _check_names(specs)
     beta_values = [parse_beta(text, "--betas") for text in split_names(betas)]
     if not specs or not beta_values:
         raise (
@@ -165,6 +166,13 @@ def _weight(part: str, weight: str) -> float | None:
     if not 0 < number <= 1:
         raise typer.BadParameter(f"--labels: {part!r}: the weight must be above 0 and at most 1, or {CONFIDENCE!r}")
     return number
+
+
+def _check_names(specs: Sequence[Spec]) -> None:
+    """Raise BadController for two controllers of one name, by which figures, plots and traces are kept."""
+    names = [spec.name for spec in specs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise BadController(f"--controllers: two files are named {twice}.py; rename one, because figures are by name")
 
 
 def _sealing(specs: Sequence[Spec], all_sandboxed: bool, none_sandboxed: bool) -> Sealing:

@@ -189,7 +189,7 @@ def _warn_of_unreadable(registry: Registry, state: RolloutState) -> None:
         try:
             registry.spec(digest)
         except RegistryAway:
-            raise
+            return  # the change is made, and this is only a warning
         except PromotionError as error:
             stages = [f"{stage}{_of(model)}" for model, stage in state.stages_of(digest)]
             is_champion = any(stage is RolloutStage.CHAMPION for _, stage in state.stages_of(digest))

@@ -119,8 +119,8 @@ Helpers:
   that the leader is right
 - `softmax(scores, scale)`: weights exp(score / scale), where a score may be None; `weighted_votes(labels, weights)`:
   weighted counts by label, scaled so that they tell as much as that many equal votes
-- `bayes_factor(counts)`, `is_certified(counts, error)`: tests that the leader is the model's most frequent answer;
-  `counts` is `state.votes.values()`, in its order; a mapping raises TypeError
+- `bayes_factor(counts)`, `is_certified(votes, error)`: tests that the leader is the model's most frequent answer;
+  `counts` and `votes` are `state.votes.values()`, in its order; a mapping raises TypeError
 - `linear(low, high, beta)`: from low to high; `doubling(high, beta)`: from 1 to high geometrically, rounded
 
 A complete file:

@@ -129,7 +129,7 @@ class PassthroughSlot(RequestSlot):
             self.due = bound if body.is_sent else 0
             raise
         status = answered.status_code
-        self.due = bound if body.is_sent and status not in _REFUSALS else 0
+        self.due = bound if body.is_lost or (body.is_sent and status not in _REFUSALS) else 0
         if self.due and isinstance(answered, StreamedResponse) and status < _REDIRECTION:
             bounded = BoundedReplyMeter(self._bound, is_stream=_is_event_stream(answered))
             answered.source = _metered(answered.source, self, bounded)

@@ -354,7 +354,7 @@ class LiveEnvironment:
         else:
             answer = None if result.probe is None else await self._answers.of_probe(result.probe)
             if answer is not None and answer.form.type in VOTABLE_TYPES:
-                self._votability.probe_answered = True
+                self._votability.probe_answered = self._votability.controller_probed = True
             label = await self.number(answer)
         if result.action.verb is Verb.PROBE:
             if result.probe is None:

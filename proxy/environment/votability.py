@@ -23,7 +23,8 @@ class VotabilityState:
 
     votable: bool  # the task counts as votable
     confirmed: bool  # the task is votable: the client names an answer kind, or a branch has finished with an answer
-    probe_answered: bool = False  # a probe has given an answer
+    probe_answered: bool = False  # a probe, of the check or of the controller, has given an answer
+    controller_probed: bool = False  # a probe of the controller has, so that cut branches vote
     unreadable: int = 0  # number of finished branches whose reply has no readable answer
 
 

@@ -132,7 +132,7 @@ class VotabilityCheck:
             await self._run_ahead(self._unopened, branches)
             if self._is_truncated(self._unopened):
                 raise BranchesTruncated
-        if branches and all(branch.finish == "length" for branch in branches) and not self._state.probe_answered:
+        if branches and all(branch.finish == "length" for branch in branches) and not self._state.controller_probed:
             raise BranchesTruncated
 
     def _is_truncated(self, branch: LiveBranch) -> bool:

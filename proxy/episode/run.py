@@ -18,7 +18,7 @@ from proxy.episode.episode_metrics import count_episode
 from proxy.episode.progress import RoundReport
 from proxy.episode.reply import compose_reply, deadline_error
 from proxy.episode.whole_reply import compose_whole_reply
-from proxy.errors import ApiError, UpstreamError
+from proxy.errors import ApiError, DeadlinePassed, UpstreamError
 from proxy.http import graceful_shutdown
 from proxy.recording.episode_log import EpisodeLog
 from proxy.recording.interval_probes import IntervalProbes
@@ -259,5 +259,5 @@ async def _compose(
         )
     except UpstreamError as error:
         if state.stop in _REPLIED:
-            state.stop = Stop.UPSTREAM_ERROR
+            state.stop = Stop.DEADLINE if isinstance(error, DeadlinePassed) else Stop.UPSTREAM_ERROR
         raise failure or error from None

@@ -367,7 +367,8 @@ class ControllerManager:
         failed.update(self._quarantined_labels.values())
         for label in {controller_label(spec.name) for spec in installed}.union(reported.values()):
             self.metrics.quarantined.labels(label).set(label in failed)
-        for label in set(reported.values()) - failed:  # what it costs is tested anew
+        warned = {controller_label(spec.name) for spec in installed if self._cost_test.has_warned(spec.digest)}
+        for label in set(reported.values()) - failed - warned:  # what it costs is tested anew
             self.metrics.overspending.labels(label).set(0)
 
 

@@ -95,6 +95,10 @@ class CostTest:
         """The controllers on which there is evidence."""
         return {*self._tenants, *self._warned}
 
+    def has_warned(self, digest: str) -> bool:
+        """Return whether there was a warning of a controller."""
+        return digest in self._warned
+
     def forget(self, digest: str) -> None:
         """Forget the evidence on a controller whose quarantine was lifted, or that serves no longer."""
         self._tenants.pop(digest, None)

@@ -28,7 +28,8 @@ HEADERS: Final = {
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
 }
 """Headers of every response of the dashboard."""
-_FORWARDED: Final = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via")
+_FORWARDED: Final = ("forwarded", "x-forwarded-", "x-real-ip", "via")
+"""Beginnings of the names of headers that gateways add."""
 _MOST_SHOWN: Final = 100
 
 
@@ -78,7 +79,7 @@ def check_origin(request: Request) -> None:
 def is_local(request: Request) -> bool:
     """Return whether a request comes from this machine and not through a gateway on it."""
     client = request.client
-    has_gateway = any(name in request.headers for name in _FORWARDED)
+    has_gateway = any(name.startswith(_FORWARDED) for name in request.headers)
     return client is not None and is_loopback(client.host) and not has_gateway
 
 

@@ -33,7 +33,7 @@ FULL: Final[dict[str, Any]] = {
     "upstream": {"url": "https://vllm.example.org/base"},
     "image": {"repository": "registry.example.org/autotts-proxy", "tag": "1.2.3"},
     "imagePullSecrets": [{"name": "registry"}],
-    "settings": {"beta": 0.5, "max_episodes": 128, "controller": f"{CONTROLLERS}/mine.py", "ui": False, "log": "plain"},
+    "settings": {"beta": 0.5, "max_episodes": 192, "controller": f"{CONTROLLERS}/mine.py", "ui": False, "log": "plain"},
     "secrets": {
         "keys": {"name": "autotts-keys", "key": "clients.toml"},
         "adminKey": {"name": "autotts-secrets"},
@@ -86,6 +86,15 @@ REFUSED: Final[dict[str, tuple[dict[str, Any], str]]] = {
         "replicas cannot share a registry in a folder",
     ),
     "replicas without a shared secret": (changed(replicas=2, store={"kind": "none"}), "secrets.cacheSecret.name"),
+    "an autoscaler that never scales": (
+        changed(
+            store={"kind": "none"},
+            secrets={**PLAIN["secrets"], "cacheSecret": {"name": "autotts-secrets"}},
+            settings={"max_episodes": 128},
+            autoscaling={"enabled": True},
+        ),
+        "set autoscaling.episodesPerReplica to less than settings.max_episodes",
+    ),
     "a monitor without a key": (changed(serviceMonitor={"enabled": True}), "serviceMonitor.key.name"),
 }
 CASES: Final = {

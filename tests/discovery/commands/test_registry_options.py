@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from controllers.loading import Spec
 from discovery.commands.promote import default_ledger
-from discovery.errors import StoreError
+from discovery.errors import RegistryAway, StoreError
 from discovery.promotion.registry import Registry
 from discovery.store import DatabaseUrl, child_environment, parse_place
 from proxy.cli import app
@@ -47,6 +47,16 @@ def test_the_audit_names_the_user_as_the_ledger_does(tmp_path: Path, monkeypatch
     assert autotts(*PROMOTE, "--registry", registry)[0] == 0
     assert autotts("rollback", "--registry", registry, "--who", "me")[0] == 0
     assert [line["who"] for line in Registry(Path(registry)).audit()] == [getpass.getuser(), "me"]
+
+
+def test_a_change_stands_if_the_registry_goes_away_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object) -> Spec:
+        raise RegistryAway("the database does not answer")
+
+    registry = str(tmp_path / "registry")
+    assert autotts(*PROMOTE, "--registry", registry)[0] == 0
+    monkeypatch.setattr(Registry, "spec", away)
+    assert autotts("rollback", "--registry", registry)[0] == 0
 
 
 @pytest.mark.process

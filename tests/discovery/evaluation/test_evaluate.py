@@ -49,6 +49,7 @@ from discovery.evaluation.scores import (
 )
 from discovery.evaluation.sources import select_cells
 from proxy.cli import app
+from tests.readability import ROOT
 
 CELL = Cell("m", "b", Split.SEARCH)
 
@@ -768,6 +769,19 @@ def test_import_evaluate_trace_and_export_work_on_the_command_line(tmp_path: Pat
         ]
         == 96
     )
+
+
+def test_two_files_of_one_name_are_refused_and_one_named_twice_counts_once(tmp_path: Path) -> None:
+    found = ROOT / "controllers/discovered/lockstep_lead.py"
+    for folder in ("v1", "v2"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(f"{found.read_text()}# {folder}\n")
+    named = f"cmc,{tmp_path}/v1/mine.py,{tmp_path}/v2/mine.py"
+    done = CliRunner().invoke(app, ["evaluate", "--recordings", str(tmp_path), "--controllers", named])
+    assert done.exit_code == 2
+    assert "--controllers: two files are named mine.py; rename one" in " ".join(done.output.split())
+    done = CliRunner().invoke(app, ["evaluate", "--recordings", str(tmp_path / "none"), "--controllers", "cmc,cmc"])
+    assert "no such file or folder" in done.output
 
 
 @pytest.mark.process

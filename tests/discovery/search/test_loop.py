@@ -877,6 +877,8 @@ def check_refused(folder: Path, message: str, *arguments: str) -> None:
     ("arguments", "message"),
     [
         ([], "no stopping condition; give --rounds, --minutes or --budget-usd"),
+        (["--budget-usd", "1"], "--budget-usd limits --explorer llm only, whose cost is known"),
+        (["--budget-usd", "1", "--rounds", "2", "--explorer", "agent"], "--budget-usd limits --explorer llm only"),
         (["--rounds", "0"], "Invalid value for '--rounds'"),
         (["--rounds", "1", "--explorer", "nobody"], "Invalid value for '--explorer'"),
         (["--rounds", "1", "--recordings", "none.db"], "none.db: no such file or folder"),

@@ -85,7 +85,7 @@ def test_every_name_on_the_api_page_exists() -> None:
         *(("dial", "linear(low, high, beta)"), ("dial", "doubling(high, beta)"), ("voting", "tally(labels)")),
         *(("voting", "plurality(votes)"), ("voting", "top_two(votes)"), ("voting", "confidence(first, second)")),
         *(("voting", "softmax(scores, scale)"), ("voting", "weighted_votes(labels, weights)")),
-        *(("stopping", "bayes_factor(counts)"), ("stopping", "is_certified(counts, error)")),
+        *(("stopping", "bayes_factor(counts)"), ("stopping", "is_certified(votes, error)")),
     ],
 )
 def test_the_api_page_gives_the_signatures_of_the_helpers(module: str, call: str) -> None:

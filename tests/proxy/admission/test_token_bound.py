@@ -450,9 +450,16 @@ async def test_a_client_that_leaves_before_its_request_is_sent_is_not_charged(
     assert len(upstream.seen) == 1
 
 
-async def test_a_request_that_was_lost_and_cannot_be_repeated_is_charged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("then", ["upstream_unreachable", "busy"])
+async def test_a_request_that_was_lost_and_cannot_be_repeated_is_charged(tmp_path: Path, then: str) -> None:
+    lost: list[web.Request] = []
+
     async def close(request: web.Request) -> web.StreamResponse:
-        await site.stop()  # further connections are refused
+        if lost:
+            return web.json_response({"error": {"code": "busy"}}, status=429)
+        lost.append(request)
+        if then != "busy":
+            await site.stop()  # further connections are refused
         assert request.transport is not None
         request.transport.abort()
         return web.Response()
@@ -472,7 +479,7 @@ async def test_a_request_that_was_lost_and_cannot_be_repeated_is_charged(tmp_pat
     async with running(settings) as url, aiohttp.ClientSession() as http:
         body = {**CHAT, "max_tokens": 100}
         async with http.post(f"{url}/v1/chat/completions", json=body, headers=bearer(ALICE)) as response:
-            assert (await response.json())["error"]["code"] == "upstream_unreachable"
+            assert (await response.json())["error"]["code"] == then
         assert await spent(http, url) == (100, 100)
     await runner.cleanup()
 

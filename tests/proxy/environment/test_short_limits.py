@@ -25,7 +25,7 @@ async def test_a_limit_too_short_for_an_answer_costs_one_branch(
     assert (reply["tts"]["agreed"], reply["tts"]["answer"], reply["tts"]["votes"]) == (None, None, {})
     choice = reply["choices"][0]
     assert choice["finish_reason"] == "length"
-    written = (choice["message"].get("reasoning") or "") + choice["message"]["content"]
+    written = (choice["message"].get("reasoning") or "") + (choice["message"]["content"] or "")
     assert written.strip("<think>") == proxy.backend.chains[0].text[:limit].strip("<think>")
 
 
@@ -45,6 +45,19 @@ async def test_a_longer_limit_that_truncates_the_first_branch_opens_no_more(prox
     assert proxy.backend.opened == reply["tts"]["branches"] == 1
     assert reply["usage"]["completion_tokens"] <= limit + 10
     assert reply["tts"]["agreed"] is None
+
+
+@pytest.mark.parametrize(("controller", "wave"), [("adaptive_consistency", 8), ("asc", 8), ("mars", 64)])
+@pytest.mark.parametrize("answer", [None, "boxed"])
+async def test_a_limit_that_truncates_the_first_wave_opens_no_second(
+    proxy: Proxy, controller: str, wave: int, answer: str | None
+) -> None:
+    proxy.backend.chains = [chain("7", 400, ["7"], mark=chr(97 + i % 26)) for i in range(64)]
+    tts = {"controller": controller} | ({} if answer is None else {"answer": answer})
+    question = [{"role": "user", "content": "What is 3 + 4?"}]  # a probe of the first branch gives an answer
+    status, headers, reply = await proxy.ask("0.5", messages=question, max_tokens=3 * INTERVAL, tts=tts)
+    assert (status, headers["x-tts-stop"], reply["tts"]["votes"]) == (200, "max_tokens", {})
+    assert proxy.backend.opened == reply["tts"]["branches"] <= wave
 
 
 @pytest.mark.parametrize("unanswered", [1, 2])

@@ -277,9 +277,12 @@ async def test_a_quarantine_is_reported_until_a_controller_of_that_name_replaces
         await asyncio.gather(*inspected.service.controllers._registry_tasks)
         inspected.look()
         assert await quarantined(inspected) == {"mine": 1}  # although that of the other model has not failed
+        inspected.service.controllers._cost_test._warned.add(Spec("mine", HONEST).digest)
+        inspected.service.metrics.overspending.labels("mine").set(1)
         later = install(registry, "mine", f"{HONEST}# later\n")
         assert await ask(inspected.proxy) == "mine"
         assert await quarantined(inspected) == {"mine": 0}
+        assert await inspected.proxy.metric("autotts_controller_overspending", controller="mine") == 1
         registry.drop_canary(later, ME)
         registry.roll_back(ME, "small")
         await inspected.proxy.metric("autotts_registry_version")

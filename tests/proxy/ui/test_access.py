@@ -176,7 +176,7 @@ async def test_without_keys_this_machine_needs_no_sign_in(local: Browser) -> Non
     assert "AUTOTTS_KEYS" in refused.text
 
 
-@pytest.mark.parametrize("header", ["x-forwarded-for", "forwarded", "via", "x-real-ip"])
+@pytest.mark.parametrize("header", ["x-forwarded-for", "x-forwarded-port", "forwarded", "via", "x-real-ip"])
 async def test_without_keys_nobody_gets_in_through_a_gateway(local: Browser, header: str) -> None:
     reply = await local.get("/ui", headers={header: "203.0.113.7"})
     assert reply.headers["location"] == "/ui/sign-in?next=/ui"

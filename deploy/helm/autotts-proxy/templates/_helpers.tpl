@@ -31,6 +31,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- fail "several replicas must share the secret of the prefix cache: set secrets.cacheSecret.name" -}}
 {{- end -}}
 {{- end -}}
+{{- if and .Values.autoscaling.enabled (ge (int .Values.autoscaling.episodesPerReplica) (int (.Values.settings.max_episodes | default 256))) -}}
+{{- fail "no pod would ever be added: set autoscaling.episodesPerReplica to less than settings.max_episodes" -}}
+{{- end -}}
 {{- if and (eq .Values.store.kind "postgres") (not .Values.secrets.store.name) -}}
 {{- fail "store.kind is postgres: set secrets.store.name to a Secret that holds the URL of the database" -}}
 {{- end -}}
