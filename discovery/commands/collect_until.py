@@ -127,6 +127,7 @@ def _add(before: CollectionProgress, after: CollectionProgress) -> CollectionPro
         mine=before.mine + after.mine,
         tokens=before.tokens + after.tokens,
         seconds=before.seconds + after.seconds,
+        without_signals=before.without_signals + after.without_signals,
     )
 
 

@@ -32,8 +32,9 @@ def atomic_write(path: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
     It keeps the mode of the file it replaces. A new file gets the mode that the umask allows, or with `private` one
     that only its owner can read.
     """
+    _refuse_device(path, str(path))
     _refuse_database(path, str(path))
-    unfinished = path.resolve().parent / f".autotts-{secrets.token_hex(8)}"
+    unfinished = path.parent / f".autotts-{secrets.token_hex(8)}"  # beside the link, if it is one, which is replaced
     try:
         with create_exclusively(unfinished, PRIVATE if private else 0o666) as file:
             try:
@@ -87,7 +88,14 @@ def check_writable_path(path: Path, option: str) -> None:
         raise FileWriteError(f"{option} {path}: there is no folder {path.resolve().parent}")
     if path.is_dir():
         raise FileWriteError(f"{option} {path}: is a folder; name a file")
+    _refuse_device(path, f"{option} {path}")
     _refuse_database(path, f"{option} {path}")
+
+
+def _refuse_device(path: Path, subject: str) -> None:
+    """Raise FileWriteError for what a file would replace, but could not stand for, such as /dev/null or a pipe."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise FileWriteError(f"{subject}: is a device, pipe or socket; name a file")
 
 
 class OutputKind(NamedTuple):

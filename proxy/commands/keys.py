@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 from collections import Counter
 from datetime import timedelta
@@ -88,14 +87,14 @@ def usage(
     from pydantic import SecretStr
 
     from proxy.admission import api_keys
-    from proxy.settings import find_admin_key
+    from proxy.settings import find_secret
 
-    key_list = os.environ.get(api_keys.KEYS_VARIABLE)
+    key_list = find_secret("client_keys")
     ring = api_keys.load_keyring(file, SecretStr(key_list) if key_list else None)
     keys = () if ring is None else ring.keys
     period = Period.until_now(timedelta(days=days), Bucket.DAY)
     totals, prompts = asyncio.run(_read(place, period))
-    names = api_keys.tenant_names(keys, [*totals, *(key.tenant for key in keys)], find_admin_key())
+    names = api_keys.tenant_names(keys, [*totals, *(key.tenant for key in keys)], find_secret("admin_key"))
     nothing = UsageTotal("", 0, 0, 0.0)
     rows = [
         KeyUsageRow(name, tenant, used.requests, used.tokens, prompts[tenant])

@@ -132,12 +132,12 @@ def export_places() -> None:
         os.environ[PREFIX + name.upper()] = value
 
 
-def find_admin_key() -> str | None:
-    """Return the admin key from the environment, else from the settings file. Raises SettingsError."""
-    if variable := _variable("admin_key"):
+def find_secret(name: str) -> str | None:
+    """Return a secret setting from the environment, else from the settings file. Raises SettingsError."""
+    if variable := _variable(name):
         return variable
     file = find_file()
-    value = None if file is None else _read(file).get("admin_key")
+    value = None if file is None else _read(file).get(name)
     return value if isinstance(value, str) else None
 
 

@@ -277,7 +277,8 @@ def is_exported(signal: str) -> bool:
     """Return whether OpenTelemetry's environment variables ask for the export of `TRACES` or `METRICS`."""
     names = (f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
     is_disabled = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
-    is_otlp = os.environ.get(f"OTEL_{signal}_EXPORTER", "otlp") == "otlp"
+    exporters = (os.environ.get(f"OTEL_{signal}_EXPORTER") or "otlp").split(",")
+    is_otlp = "otlp" in map(str.strip, exporters)
     return any(os.environ.get(name) for name in names) and is_otlp and not is_disabled
 
 

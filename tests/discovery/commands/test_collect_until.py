@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from discovery.commands import collect_until
 from discovery.commands.collect_until import (
     FIRST_BATCH,
     SequentialJob,
@@ -164,3 +165,9 @@ async def test_the_command_collects_held_out_questions_and_looks_at_them(tmp_pat
     assert json.loads(report.read_text()) == line.report
     assert line.report["probe_tokens"] == 9
     assert (line.k, bool(line.sequence), len(line.questions)) == (1, True, 13)
+
+
+def test_branches_without_signals_are_counted_over_all_batches() -> None:
+    first, second = CollectionProgress(1, mine=2, without_signals=2), CollectionProgress(3, mine=4, without_signals=1)
+    both = collect_until._add(first, second)
+    assert (both.mine, both.without_signals) == (6, 3)

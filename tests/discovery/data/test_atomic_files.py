@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from discovery.data.atomic_files import atomic_write, create_exclusively
+from discovery.data.atomic_files import atomic_write, check_writable_path, create_exclusively
 from discovery.data.shared_jsonl import SharedLines, WorkClaims
 from discovery.errors import FileWriteError
 from discovery.promotion.ledger import Ledger
@@ -136,3 +136,23 @@ def test_the_smallest_database_is_never_overwritten(tmp_path: Path) -> None:
     assert path.stat().st_size == 512
     with pytest.raises(FileWriteError, match="is a database"), atomic_write(path) as file:
         file.write(b"new")
+
+
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "out"
+    os.mkfifo(pipe)
+    with pytest.raises(FileWriteError, match=r"--json .*out: is a device, pipe or socket"):
+        check_writable_path(pipe, "--json")
+    with pytest.raises(FileWriteError, match="is a device"), atomic_write(pipe) as file:
+        file.write(b"{}")
+    assert pipe.is_fifo()
+
+
+def test_a_link_is_replaced_from_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other").mkdir()
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "other" / "target.json")  # may be on another file system
+    with atomic_write(link) as file:
+        assert list((tmp_path / "other").iterdir()) == []
+        file.write(b"{}")
+    assert link.read_bytes() == b"{}"

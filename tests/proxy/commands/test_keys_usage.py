@@ -77,6 +77,15 @@ def test_names_of_keys_in_the_environment_are_known(store: Path, monkeypatch: py
     assert json.loads(usage("--store", store, "--json"))["keys"][0]["key"] == "alice"
 
 
+def test_names_of_keys_in_the_settings_file_are_known(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("AUTOTTS_KEYS", raising=False)
+    Path("autotts.toml").write_text(f'client_keys = "alice={api_keys.hash_key("alice")}"\n')
+    assert json.loads(usage("--store", store.absolute(), "--json"))["keys"][0]["key"] == "alice"
+
+
 @pytest.mark.parametrize("source", ["variable", "file"])
 def test_requests_with_the_admin_key_are_named(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -145,6 +145,16 @@ def test_metrics_are_off_unless_a_collector_is_named(
     assert otel_metrics.with_metrics(spans) is spans
 
 
+@pytest.mark.parametrize(("exporters", "is_exported"), [("", True), ("console, otlp", True), ("none", False)])
+def test_an_empty_list_of_exporters_is_the_default(
+    exporters: str, is_exported: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    for signal in ("TRACES", "METRICS"):
+        monkeypatch.setenv(f"OTEL_{signal}_EXPORTER", exporters)
+        assert tracing.is_exported(signal) is is_exported
+
+
 def test_metrics_without_the_otel_extra_log_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
