@@ -84,6 +84,14 @@ def test_recordings_without_signals_have_no_figures_of_signals() -> None:
     assert all(vote.weighted is None for vote in quality.votes)
 
 
+def test_chains_and_probes_without_an_answer_are_wrong_where_no_branch_is_right() -> None:
+    cut = RecordedBranch([None] * 2, 80, None, [9, 9], probe_confidences=[300, 300])
+    quality = measured([question(0, [chain("wrong", 500, 90, 600), cut])])
+    assert quality.accuracy == 0
+    assert quality.by_chain == {}
+    assert [(probe.accuracy, probe.auroc) for probe in quality.probes] == [(0, None)] * 4
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_the_command_prints_tables_or_json(tmp_path: Path, as_json: bool) -> None:
     recordings = tmp_path / "recordings.jsonl"
