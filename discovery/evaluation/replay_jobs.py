@@ -217,10 +217,11 @@ class _JobRunner:
         """Play every episode with the controller in sandbox processes, and audit some.
 
         An audited episode is played again, alone. If it then decides otherwise, or is late or dies twice, all episodes
-        fail, because the controller depends on more than the episode.
+        fail, because the controller depends on more than the episode. Which are audited is drawn anew by each call: a
+        controller that could compute it would play only these honestly.
         """
         every = range(len(self.episodes))
-        drawn = random.Random(f"{self._job.spec.digest} {self._job.beta} {self._job.shuffles}")
+        drawn = random.SystemRandom()
         count = max(MIN_AUDITED, len(every) // EPISODES_PER_AUDIT) if self._rules.is_audited else 0
         audited = drawn.sample(every, k=min(len(every), count))
         try:

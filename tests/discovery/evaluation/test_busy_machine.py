@@ -23,7 +23,7 @@ from controllers.sandbox.handle import SandboxHandle
 from controllers.sandbox.spawner import spawner
 from discovery.data.recordings import Cell, Recording, Split, intern_answers
 from discovery.errors import GateError
-from discovery.evaluation.replay_jobs import MIN_AUDITED, Job, JobResult, ReplayRules, run_job
+from discovery.evaluation.replay_jobs import MIN_AUDITED, Job, JobResult, ReplayRules, _JobRunner, run_job
 from discovery.evaluation.score_set import ScoreSet
 from discovery.promotion import comparison
 from discovery.promotion.ledger import DISTURBED, FREE_DISTURBANCES, Ledger
@@ -71,8 +71,8 @@ def busy(count: int = BUSY) -> Iterator[None]:
         yield
 
 
-def played(source: str = HONEST.format(first="pass"), is_audited: bool = True) -> JobResult:
-    job = Job(Spec("mine", source), 0.5, Cell("m", "b", Split.SEARCH), range(2))
+def played(source: str = HONEST.format(first="pass"), is_audited: bool = True, shuffles: range = range(2)) -> JobResult:
+    job = Job(Spec("mine", source), 0.5, Cell("m", "b", Split.SEARCH), shuffles)
     return run_job(job, RECORDINGS, ReplayRules(16, is_audited=is_audited))
 
 
@@ -96,6 +96,20 @@ def test_only_processes_that_get_an_episode_are_started(monkeypatch: pytest.Monk
     started.clear()
     assert played(is_audited=False).failures == []
     assert len(started) == 1
+
+
+def test_the_audited_episodes_are_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A controller that could compute them would play only these honestly."""
+    drawn = list[tuple[int, ...]]()
+
+    def note(self: object, audited: Sequence[int], played: object) -> None:
+        drawn.append(tuple(audited))
+
+    monkeypatch.setattr(_JobRunner, "_audit", note)
+    for _ in range(2):
+        assert played(shuffles=range(20)).failures == []
+    assert len(drawn[0]) == len(drawn[1]) == MIN_AUDITED + 1
+    assert drawn[0] != drawn[1]
 
 
 def test_a_slow_decision_within_its_processor_time_passes_on_a_busy_machine() -> None:

