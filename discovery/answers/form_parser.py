@@ -42,6 +42,8 @@ _COMPARED = re.compile(r"\\le(?![a-z])|\\ge(?![a-z])|<=|>=|<|>")
 _EITHER = re.compile(r"\\pm(?![a-z])")
 _UNION = re.compile(r"\\cup(?![a-z])")
 _LISTED = re.compile(r"\s*[,;]\s*(?:and|or)(?![a-zA-Z])|\s+(?:and|or)\s+|\s*;\s*|\s*,(?!\d{3}(?!\d))\s*|(?<!\d),")
+_INTEGERS = re.compile(r"(?!-?\d{1,3}(?:,\d{3})+$)-?(?:0|[1-9]\d*)(?:,-?(?:0|[1-9]\d*))+")
+"""Integers without spaces, `2,5,100`, but neither one number, `50,100,200`, nor several that end in `,000`."""
 _OR = re.compile(r"\s*,?\s*(?<![a-zA-Z])or(?![a-zA-Z])\s*")
 _OPEN_ENDED = re.compile(
     r"(?<![a-zA-Z])or\s+(?:more|less|fewer|greater|higher|lower|larger|smaller|above|below|over|under|later|earlier|so)\b"
@@ -187,7 +189,8 @@ class FormParser:
 
     def listed(self, text: str) -> CanonicalForm | None:
         """Parse several answers in any order; `x=1, y=2` are sorted by name."""
-        parts = [part.strip() for part in split_top_level(text, _LISTED)]
+        separator = _LISTED if _INTEGERS.fullmatch(text) is None else _COMMA
+        parts = [part.strip() for part in split_top_level(text, separator)]
         if len(parts) < 2 or not all(parts) or _OPEN_ENDED.search(text):
             return None
         forms = [self.form(part) for part in parts]

@@ -104,6 +104,10 @@ _NO_UNITS: Final = frozenset(
         *("thrice", "without", "except"),
     ]
 )
+_CASED = re.compile(r"[Mm](?:W|Wh|J|V|A|Ah|eV|Pa|N|T|S|C|F|H|K|Hz|g|m|s|mol|b|bps)|[KGTP]b(?:ps)?")
+"""Symbols that are other units in other capitals: `meV` and `MeV`, `Mb` and `MB`. In capitals only, they are any word:
+`MW` is `mw`, but not `mW`.
+"""
 _OPERAND = re.compile(r"(?<!/)(?<!per)\s+[ijknpqrtxyz](?![a-zA-Z])")
 """A variable after a word: `5 pick k` is an operation, not a quantity with a unit."""
 
@@ -192,6 +196,8 @@ def _is_known(word: str) -> bool:
 
 
 def _singular(word: str) -> str:
+    if word not in _KNOWN and not word.isupper() and not word.islower() and _CASED.fullmatch(word):
+        return word
     if _is_known(word):
         return _KNOWN.get(word) or _KNOWN[word.casefold()]
     word = word.casefold()
