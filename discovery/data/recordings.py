@@ -148,10 +148,20 @@ class RecordedQuestion:
         return self.sampling.get("branch") != REPLY
 
     @property
+    def greedy_first(self) -> bool:
+        """Whether its first branch was generated at temperature 0, and the others were sampled."""
+        return self.sampling.get("temperature") == 0
+
+    @property
     def version(self) -> Version:
         """Its version; only recordings of one version are scored together."""
         sampling = json.dumps(dict(self.sampling), sort_keys=True)
         return Version(self.model, self.chat_template, sampling, self.interval, self.probe_template)
+
+
+def pooled_branches(group: Sequence[RecordedQuestion]) -> list[RecordedBranch]:
+    """Return the branches of recordings of one question and version; of their greedy ones, which are equal, one."""
+    return [branch for at, item in enumerate(group) for branch in item.branches[1 if at and item.greedy_first else 0 :]]
 
 
 class Version(NamedTuple):
@@ -342,7 +352,7 @@ def intern_answers(recorded: RecordedQuestion, label: Callable[[str], Hashable |
         tokens=_frozen([branch.tokens for branch in branches]),
         finals=_frozen(finals),
         complete=_frozen([branch.complete for branch in branches], np.bool_),
-        greedy_first=recorded.sampling.get("temperature") == 0,
+        greedy_first=recorded.greedy_first,
         confidences=_signal_array([(b.confidences, len(b.probes) + 1) for b in branches]),
         lowests=_signal_array([(b.lowests, len(b.probes) + 1) for b in branches]),
         probe_confidences=_signal_array([(b.probe_confidences, len(b.probes)) for b in branches]),

@@ -22,6 +22,7 @@ from discovery.data.recordings import (
     Recording,
     Version,
     intern_answers,
+    pooled_branches,
 )
 from discovery.errors import RecordingsNotFound
 from discovery.evaluation.afs import Anchor, chain_anchor
@@ -270,17 +271,14 @@ def pool_recordings(recorded: Sequence[RecordedQuestion]) -> list[RecordedQuesti
     """Merge recordings of the same question, version and reference, in order of first appearance.
 
     Complete recordings are merged separately from incomplete ones. All branches of one version are samples of the same
-    distribution, whatever requests they were made for.
+    distribution, whatever requests they were made for. At temperature 0, one greedy branch is kept, as the first.
     """
     groups: dict[object, list[RecordedQuestion]] = {}
     for item in recorded:
         key = item.question, item.version, item.complete, item.reference, item.label_source
         groups.setdefault(key, []).append(item)
     return [
-        group[0]
-        if len(group) == 1
-        else replace(group[0], branches=[branch for item in group for branch in item.branches])
-        for group in groups.values()
+        group[0] if len(group) == 1 else replace(group[0], branches=pooled_branches(group)) for group in groups.values()
     ]
 
 

@@ -147,7 +147,8 @@ async def _finals(store: Store) -> dict[str, list[list[str | None]]]:
             order[recorded.version] = None
             if recorded.complete:
                 finals = by_question.setdefault(recorded.question, {}).setdefault(recorded.version, [])
-                finals.extend(branch.final for branch in recorded.branches)
+                counted = 1 if finals and recorded.greedy_first else 0  # the same greedy branch counts once
+                finals.extend(branch.final for branch in recorded.branches[counted:])
     for model in dict.fromkeys([version.model for version in order]):
         for version in reversed(await store.versions(model)):  # the order across cells
             order.pop(version, None)

@@ -37,7 +37,14 @@ from discovery.data.recordings import (
 from discovery.data.traces import read_trace, trace_files
 from discovery.errors import EngineError, RecordingsNotFound, TraceError
 from discovery.evaluation.engines import EngineName, make_engine
-from discovery.evaluation.evaluate import DEFAULT_WEIGHTS, AnswerComparison, Evaluation, Weights, regrade
+from discovery.evaluation.evaluate import (
+    DEFAULT_WEIGHTS,
+    AnswerComparison,
+    Evaluation,
+    Weights,
+    pool_recordings,
+    regrade,
+)
 from discovery.evaluation.replay import ReplayEnvironment, shuffled_order
 from discovery.evaluation.replay_jobs import OUTCOME_COLUMNS, TOKEN_KINDS, ReplayRules, Sealing
 from discovery.evaluation.scores import (
@@ -148,6 +155,17 @@ def test_rows_over_several_models_have_no_standard_error(capsys: pytest.CaptureF
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ cmc")]
     assert ["±" in row for row in rows] == [True] * 6 + [False]
     assert "all (20 over all models)" in rows[-1]
+
+
+@pytest.mark.parametrize(("temperature", "pooled"), [(0, "gabc"), (0.0, "gabc"), (1, "gabgc"), (None, "gabgc")])
+def test_recordings_of_one_question_are_pooled_with_one_greedy_branch(temperature: float | None, pooled: str) -> None:
+    sampling = {"temperature": temperature}
+    both = [
+        replace(question(0), branches=[RecordedBranch([], 10, final) for final in finals], sampling=sampling)
+        for finals in ("gab", "gc")
+    ]
+    (one,) = pool_recordings(both)
+    assert "".join(branch.final or "-" for branch in one.branches) == pooled
 
 
 def test_reported_figures_equal_those_of_replayed_episodes() -> None:

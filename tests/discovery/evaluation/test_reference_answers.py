@@ -456,6 +456,13 @@ def test_votes_use_only_the_newest_version_and_complete_recordings(place: Path) 
     assert report.votes == 2
 
 
+def test_the_greedy_branch_of_several_requests_has_one_vote(place: Path) -> None:
+    greedy = {"sampling": {"temperature": 0}}
+    put(place, *(recorded("q", f"8{final}", request=f"r {at}", **greedy) for at, final in enumerate("7787")))
+    filled(place)
+    assert by_question(place, CONSENSUS) == {question_id("q"): ("7", sure(3, 2))}
+
+
 def test_versions_read_from_the_store_equal_those_of_its_recordings(place: Path) -> None:
     both = [recorded("q", chat_template="old"), recorded("q", sampling={"top_p": 0.9, "ü": [1, 2]}, request="r 2")]
     put(place, *both)
