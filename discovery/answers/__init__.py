@@ -12,7 +12,7 @@ from discovery.answers.judge import Judge
 from discovery.answers.kinds import AUTO, AnswerKind, ExtractionMethod, parse_kind
 from discovery.answers.labels import Labels
 from discovery.answers.overlap import medoid
-from discovery.answers.redaction import is_redacted, redacted
+from discovery.answers.redaction import RedactedLabels, are_same_redacted, is_redacted, redacted
 from discovery.answers.stated_answers import VOTABLE_TYPES
 
 __all__ = [
@@ -26,6 +26,8 @@ __all__ = [
     "FormType",
     "Judge",
     "Labels",
+    "RedactedLabels",
+    "are_same_redacted",
     "boxed",
     "canonical",
     "canonical_answer",

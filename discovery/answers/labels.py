@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final, Protocol
 
-from discovery.answers.forms import CanonicalForm, FormType
+from discovery.answers.forms import LONGEST, CanonicalForm, FormType, canonical
+from discovery.answers.stated_answers import without_markup
 
 MOST_ASKED: Final = 8
 """Maximum classes that the judge compares a new answer with, oldest first."""
@@ -58,6 +59,15 @@ class Labels:
         """Return the text of the first answer with this label."""
         return self._classes[label].written
 
+    def recorded(self, label: int) -> str:
+        """Return a text of the first answer with this label that `canonical` reads as the same form, if there is one.
+
+        Its text as written may be read otherwise, because the method that found it knew its place: in `**18** dollars`,
+        or `b` for choice B.
+        """
+        known = self._classes[label]
+        return _readable(known.written, known.form)
+
     def undecided(self, form: CanonicalForm) -> list[tuple[int, str]]:
         """Return the labels that `form` might have, judged by forms alone, each with its first answer's text.
 
@@ -103,6 +113,21 @@ class Labels:
     def _joins(form: CanonicalForm, known: _Class) -> bool:
         named_alike = not form.name or not known.name or form.name == known.name
         return named_alike and (not form.unit or not known.unit or form.unit == known.unit)
+
+
+def _readable(written: str, form: CanonicalForm) -> str:
+    """Return the first spelling of an answer that `canonical` reads as `form`, else as equal to it but for name and
+    unit; `written` if there is none.
+    """
+    if len(written) > LONGEST:
+        return written
+    quantity = f"{form.text} {form.unit}".strip()
+    spellings = (written, without_markup(written), f"{form.name} = {quantity}" if form.name else quantity, form.text)
+    for spelling in spellings:
+        if canonical(spelling) == form:
+            return spelling
+    plain = canonical(form.text)
+    return form.text if plain is not None and (plain.text, plain.type) == (form.text, form.type) else written
 
 
 def _might_equal(left: CanonicalForm, right: CanonicalForm) -> bool:

@@ -117,7 +117,7 @@ def _read_clause(clause: str, begin: int) -> StatedAnswer | None:
     for candidate in _candidates(clause):
         if not _SHOWN.search(candidate):
             continue
-        form = canonical(_plain(candidate))
+        form = canonical(without_markup(candidate))
         if form is not None and form.type in VOTABLE_TYPES:
             return StatedAnswer(begin, candidate.strip("*_` "), form)
     return None
@@ -131,7 +131,7 @@ def _candidates(clause: str) -> Iterator[str]:
         yield written[: cut.start()]
 
 
-def _plain(clause: str) -> str:
+def without_markup(clause: str) -> str:
     """Return a clause without markup and without formula delimiters."""
     plain = _TRAILING.sub("", _MARKUP.sub("", clause))
     dollars = plain.replace("\\$", "").count("$")

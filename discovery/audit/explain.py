@@ -22,6 +22,8 @@ CHAINS: Final = (8, 16, 32, 64)
 """Chain counts of the self-consistency that an episode is compared with."""
 SHOWN: Final = 6
 """Characters of a redacted answer's hash that are shown."""
+SHOWN_OF_UNIT: Final = 2
+"""Characters of its unit's hash that are shown."""
 
 LabelName = Callable[[int], str]
 """Returns the display name of a label."""
@@ -158,8 +160,11 @@ def explain(episode: ServedEpisode) -> Explanation:
 
 
 def display_answer(answer: str) -> str:
-    """Return an answer as it is displayed: a redacted one by the beginning of its hash."""
-    return f"#{answer.removeprefix(MARK)[:SHOWN]}" if is_redacted(answer) else answer
+    """Return an answer as it is displayed: a redacted one by the beginning of its hash and of its unit's."""
+    if not is_redacted(answer):
+        return answer
+    text, _, unit = answer.removeprefix(MARK).partition(":")
+    return f"#{text[:SHOWN]}{':' * bool(unit)}{unit[:SHOWN_OF_UNIT]}"
 
 
 def label_names(answers: Sequence[str]) -> LabelName:

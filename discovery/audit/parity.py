@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from controllers import ControllerError, Limits, State, Stop, run_episode
 from controllers.loading import Spec
 from controllers.sandbox.deadline import Clock
-from discovery.answers import Judge, Labels, canonical, is_redacted, redacted
+from discovery.answers import Judge, Labels, are_same_redacted, canonical, is_redacted
 from discovery.audit.decision_replay import (
     ControllerKey,
     Decider,
@@ -182,7 +182,7 @@ class _Truth:
 
     def _compare(self, answer: str, other: str) -> bool:
         if is_redacted(answer) or is_redacted(other):
-            return redacted(answer) == redacted(other)
+            return are_same_redacted(answer, other)
         form, other_form = canonical(answer), canonical(other)
         if form is None or other_form is None:
             return answer.strip() == other.strip()

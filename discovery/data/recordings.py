@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from controllers.actions import Advanced
 from controllers.signals import MAX_CONFIDENCE, Signal
-from discovery.answers.redaction import is_redacted, redacted
+from discovery.answers.redaction import RedactedLabels, is_redacted
 
 NO_ANSWER = -1
 UNKNOWN: Final = -1
@@ -314,18 +314,22 @@ def intern_answers(recorded: RecordedQuestion, label: Callable[[str], Hashable |
     """Return the recording that replay runs, with answers as numbers.
 
     Answers with equal `label`s are the same; an answer whose label is None counts as none. If an answer or the
-    reference is redacted, answers are compared by their redacted forms.
+    reference is redacted, all are compared by their hashes: as strings if `label` is `str`, else as `RedactedLabels`
+    numbers them, so that an answer with a unit may equal one without.
     """
     branches = recorded.branches if recorded.has_probes else [_in_intervals(b, recorded) for b in recorded.branches]
     texts = (*(text for branch in branches for text in (*branch.probes, branch.final)), recorded.reference)
-    hidden = any(answer is not None and is_redacted(answer) for answer in texts)
+    known = [answer for answer in texts if answer is not None]
+    redacted = RedactedLabels(known) if any(map(is_redacted, known)) else None
     numbers: dict[Hashable, int] = {}
     answers: list[str] = []  # each as it was first written
 
     def key_of(answer: str | None) -> Hashable | None:
         if answer is None or (key := answer if is_redacted(answer) else label(answer)) is None:
             return None
-        return redacted(answer) if hidden else key
+        if redacted is None:
+            return key
+        return redacted.hash_of(answer) if label is str else redacted.label_of(answer)
 
     def number(answer: str | None) -> int:
         key = key_of(answer)

@@ -19,6 +19,10 @@ class AnswerTexts(Protocol):
         """Return the text of the first answer with this label."""
         ...
 
+    def recorded(self, label: int) -> str:
+        """Return what a recording holds of this label."""
+        ...
+
 
 class EpisodeEnvironment(Environment, Protocol):
     """An environment of one request on the upstream."""

@@ -58,6 +58,7 @@ class VoteTexts:
         self.classes: dict[int, str] = {}  # of structured votes, by label: what recordings hold in place of their texts
         self._numbers: dict[Hashable, int] = {}
         self._texts: list[str] = []
+        self._recorded: dict[int, str] = {}  # by label, unless it is the text
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -67,16 +68,21 @@ class VoteTexts:
         return self._texts[label]
 
     def recorded(self, label: int) -> str:
-        """Return what a recording holds of a vote: the class of a structured vote, else its text."""
-        return self.classes.get(label) or self._texts[label]
+        """Return what a recording holds of a vote: the class of a structured vote, else a text that replay reads."""
+        return self.classes.get(label) or self._recorded.get(label) or self._texts[label]
 
-    def number(self, key: Hashable, text: str, vote_class: str | None = None) -> int:
-        """Return the label of a vote. Votes with equal keys have equal labels. Structured votes have a class."""
+    def number(self, key: Hashable, text: str, vote_class: str | None = None, recorded: str = "") -> int:
+        """Return the label of a vote. Votes with equal keys have equal labels. Structured votes have a class.
+
+        `recorded` is what a recording holds in place of the text.
+        """
         label = self._numbers.setdefault(key, len(self._texts))
         if label == len(self._texts):
             self._texts.append(_shortened(text))
             if vote_class is not None:
                 self.classes[label] = vote_class
+            if recorded:
+                self._recorded[label] = _shortened(recorded)
         return label
 
 
@@ -141,7 +147,10 @@ class ReplyVotes:
             return await self._number_text(branch, output.content)
         answer = None if self._is_judged else await self._grader.read(output.content, self._kind)
         number = await number_answer(self._grader, self._answers, answer)
-        label = None if answer is None else self.labels.number(("answer", number), answer.written)
+        label = None
+        if answer is not None and number is not None:
+            spelled = self._answers.recorded(number)
+            label = self.labels.number(("answer", number), answer.written, recorded=spelled)
         if self._votes_on_tools:
             self._tool_ballots[branch] = ToolBallot(label)
             self._texts[branch] = output.content

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from controllers import State
 from controllers.builtin import BASELINE
-from discovery.answers import canonical, is_redacted, redacted
+from discovery.answers import are_same_redacted, canonical, is_redacted, redacted
 from discovery.data.packed_rounds import pack_rounds
 from discovery.store import DatabaseUrl, EpisodeDetails, Feedback, ServedEpisode
 from discovery.store.records import SATISFIED_SCORE, stored_time, utc_now
@@ -220,7 +220,7 @@ class EpisodeLog:
 def _same(answer: str, recorded: str) -> bool:
     """Return whether two answers are equal by their canonical text. `recorded` may be redacted."""
     if is_redacted(recorded):
-        return redacted(answer) == recorded
+        return are_same_redacted(answer, recorded)
     form, recorded_form = canonical(answer), canonical(recorded)
     if answer.strip() == recorded.strip():
         return True
@@ -245,10 +245,13 @@ def _episode(
     text: StoreText,
     sampled: bool,
 ) -> Callable[[], ServedEpisode]:
-    """Return a function that builds the record of an episode. It can run in a thread later, because it uses copies."""
+    """Return a function that builds the record of an episode.
+
+    It can run in a thread later, because it uses copies, and labels that do not change once they are known.
+    """
     seconds = round(time.monotonic() - plan.started, 6)
     created = utc_now()
-    answers = [environment.labels.written(label) for label in range(len(environment.labels))]
+    labels, count = environment.labels, len(environment.labels)
     classes = dict(environment.labels.classes) if isinstance(environment, ReplyEnvironment) else {}
     rounds = tuple(runner.rounds)
     about = EpisodeDetails(
@@ -298,6 +301,7 @@ def _episode(
             about["reply_class"] = classes[reply.label]
 
     def make() -> ServedEpisode:
+        answers = [labels.written(label) if label in classes else labels.recorded(label) for label in range(count)]
         written = answers
         if text is StoreText.NONE:
             written = [classes.get(label) or redacted(answer) for label, answer in enumerate(answers)]

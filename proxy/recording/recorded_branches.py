@@ -65,7 +65,7 @@ def recorded_branch(
     """Return the record of branch `index`, whose answers are in `labels`."""
 
     def answer(label: int | None) -> str | None:
-        return None if label is None else labels.written(label)
+        return None if label is None else labels.recorded(label)
 
     expected = branch.intervals - branch.finished  # there is no probe after the last interval
     signals = environment.interval_signals(index, branch.tokens)

@@ -171,6 +171,57 @@ def test_any_text_is_read_without_raising_and_contains_the_answer_as_written(tex
         assert answer.form.text
 
 
+@pytest.mark.parametrize(
+    ("text", "kind", "spelled"),
+    [
+        ("The answer is **18** dollars.", "auto", "18 dollars"),
+        ("The answer is **18** square meters.", "number", "18 square meters"),
+        ("The answer is **50**%.", "auto", "50%"),
+        ("The answer is 18 in total.", "auto", "18"),
+        ("The answer is **x = 18** cm.", "auto", "x = 18 cm"),
+        ("The answer is **x = 2** or **x = 3**.", "auto", "x = 2 or x = 3"),
+        (r"**Answer: \(x > 2\)** in total", "auto", "x > 2"),
+        (r"\boxed{b}", "choice", "B"),
+        ("(b)", "choice", "B"),
+        (r"\boxed{18\text{ cm}}", "boxed", r"18\text{ cm}"),
+        (r"\boxed{2} and \boxed{3}", "boxed", r"\boxed{2} and \boxed{3}"),
+    ],
+)
+def test_the_text_that_is_recorded_is_read_as_the_same_answer(text: str, kind: str, spelled: str) -> None:
+    answer = read_answer(text, parse_kind(kind))
+    assert answer is not None
+    labels = Labels()
+    recorded = labels.recorded(labels.label_of(answer.form, answer.written))
+    assert recorded == spelled
+    assert canonical(recorded) == answer.form
+    assert labels.written(0) == answer.written
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("Label: unknown", r"regex:Label: (\w+)"), ("Label: Bug", r"regex:Label: (\w+)"), ("A b. " * 300, "text:words")],
+)
+def test_an_answer_that_no_text_is_read_as_is_recorded_as_it_is_written(text: str, kind: str) -> None:
+    answer = read_answer(text, parse_kind(kind))
+    assert answer is not None
+    labels = Labels()
+    assert labels.recorded(labels.label_of(answer.form, answer.written)) == answer.written
+
+
+@given(
+    st.text(alphabet="\\boxed{}$ (ABC).,0123-frac answer is\n*#", max_size=300),
+    st.sampled_from(["auto", "boxed", "choice", "number"]),
+)
+@settings(deadline=None)
+def test_the_text_that_is_recorded_of_a_number_or_choice_is_read_as_the_same(text: str, kind: str) -> None:
+    answer = read_answer(text, parse_kind(kind))
+    if answer is not None and answer.form.type in (FormType.NUMBER, FormType.CHOICE):
+        labels = Labels()
+        form = canonical(labels.recorded(labels.label_of(answer.form, answer.written)))
+        assert form is not None
+        assert (form.text, form.type) == (answer.form.text, answer.form.type)
+
+
 # Labels
 
 

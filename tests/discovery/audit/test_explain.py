@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from controllers import TO_END, Action, Limits, State, Stop, advance, answer, branch, probe, prune
 from controllers.loading import Spec
 from discovery.answers import redacted
-from discovery.audit.explain import consistency_estimates, explain, restricted_mean
+from discovery.audit.explain import consistency_estimates, display_answer, explain, restricted_mean
 from discovery.data.packed_rounds import pack_rounds, unpack_rounds
 from discovery.data.recordings import RecordedBranch, RecordedQuestion, question_id
 from discovery.errors import TraceError
@@ -212,6 +212,13 @@ def test_redacted_answers_are_shown_as_distinct_short_hashes() -> None:
     assert explanation["answers"] == [f"#{one.removeprefix('veiled:')[:6]}" for one in hidden]
     assert explanation["answers"][0] in explanation["why"]
     assert "veiled" not in json.dumps(explanation)
+
+
+def test_redacted_answers_with_different_units_are_shown_differently() -> None:
+    shown = [display_answer(redacted(text)) for text in ("5", "5 cm", "5 m", "6 m")]
+    assert [len(text) for text in shown] == [7, 10, 10, 10]
+    assert len(set(shown)) == 4
+    assert shown[1].startswith(shown[0])
 
 
 def test_impossible_rounds_or_limits_raise_a_trace_error() -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from controllers import (
     TO_END,
     Action,
+    Advanced,
     Controller,
     Environment,
     Limits,
@@ -31,8 +32,10 @@ from controllers import (
 )
 from controllers.builtin import BUILT_IN, create
 from controllers.signals import ALL_SIGNALS, answer_confidence
+from discovery.answers import Labels, parse_kind, read_answer
 from discovery.data.recordings import RecordedBranch, RecordedQuestion, check_signals, intern_answers
 from discovery.errors import BranchCensored
+from discovery.evaluation.evaluate import regrade
 from discovery.evaluation.replay import ReplayEnvironment
 from proxy.errors import SettingsError
 from proxy.probe_templates import TEMPLATES, Family
@@ -410,3 +413,26 @@ async def test_a_recording_that_fails_entirely_reports_its_tokens(admin: Admin) 
     async with admin.http.post(admin.url, json=_body("everything@1"), headers=ADMIN) as response:
         assert response.status == 502
         assert response.headers["x-tts-tokens"] == "1"
+
+
+class Lettered:
+    """An episode whose chains all chose B; the first wrote it in a way that only its kind of answer reads."""
+
+    def __init__(self) -> None:
+        self.labels = Labels()
+        for text in (r"\boxed{b}", r"\boxed{B}"):
+            chosen = read_answer(text, parse_kind("choice"))
+            assert chosen is not None
+            assert self.labels.label_of(chosen.form, chosen.written) == 0
+
+    def interval_signals(self, index: int, tokens: int) -> Sequence[tuple[int | None, int | None]]:
+        return ()
+
+
+def test_a_choice_in_small_letters_is_right_in_replay() -> None:
+    facts = [Advanced(index, 1, 10, finished=True, label=0) for index in range(2)]
+    branches = recorded_branches.branches(Lettered(), [Round([branch(), branch()], facts)])
+    assert [one.final for one in branches] == ["B", "B"]
+    recording = regrade(RecordedQuestion("q", "m", "b", INTERVAL, branches, "B"))
+    assert recording.reference == 0
+    assert recording.finals.tolist() == [0, 0]

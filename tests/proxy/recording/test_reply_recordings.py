@@ -136,6 +136,19 @@ async def test_texts_beside_a_penalty_are_recorded_with_their_answers(tmp_path: 
     assert made.sampling == {"presence_penalty": 0.5, "branch": "reply"}
 
 
+async def test_an_answer_in_markdown_is_recorded_as_replay_reads_it(tmp_path: Path) -> None:
+    replies = [text("The answer is **7** dollars."), text("\\boxed{7}"), text("\\boxed{8}"), text("No idea.")]
+    async with served(replies, store=tmp_path / "s.db", store_text="hash", **RECORDED) as proxy:
+        _, headers, _ = await ask(proxy, tools=None, presence_penalty=0.5, tts=FOUR)
+        await ended(proxy, "recorded")
+        kept = await records(tmp_path / "s.db")
+    made = kept.recordings[headers["x-request-id"]]
+    assert [branch.final for branch in made.branches] == ["7 dollars", "7 dollars", "8", None] * 2
+    (episode,) = kept.episodes
+    assert episode.recorded_answer == "7 dollars"
+    assert episode.about["answers"] == ["7 dollars", "8"]
+
+
 async def test_episodes_with_replies_that_were_cut_are_not_recorded(tmp_path: Path) -> None:
     same = [call(i, '{"city":"Rome"}') for i in range(4)]
     async with served(same, store=tmp_path / "s.db", **RECORDED) as proxy:
