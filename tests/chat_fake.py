@@ -82,7 +82,8 @@ class ChatVLLM(FakeVLLM):
 
     `running` counts streams, `generated` counts the tokens that were generated, `max_tokens` is obeyed. `chat_fault`
     makes one reply misbehave: "refuse" (400), "cut" (ends without a finish reason), "lie" (usage is wrong), "blind" (no
-    token ids), "abort" (another finish reason), "more" (more tokens than allowed), "odd_index".
+    token ids), "abort" (another finish reason), "more" (more tokens than allowed), "odd_index". It is number
+    `fault_at`, and begins once `fault_waits_for` other replies have ended.
     """
 
     def __init__(self, replies: Sequence[ScriptedReply], interval: int = 10) -> None:
@@ -90,7 +91,10 @@ class ChatVLLM(FakeVLLM):
         self.replies = list(replies)
         self.held: Held | None = None
         self.chat_fault = ""
-        self.fault_at = 0  # number of the request that misbehaves
+        self.fault_at = 0
+        self.fault_waits_for = 0
+        self.ended = 0  # replies that have been sent
+        self.enough_ended = asyncio.Event()
         self.judge: Callable[[str], ScriptedReply] = lambda _: ScriptedReply("no idea")
         self.judge_requests: list[dict[str, Any]] = []  # calls that compare replies; `judge` gets their last text
         self.judge_fault = ""
@@ -111,9 +115,14 @@ class ChatVLLM(FakeVLLM):
                 if fault == "refuse_added":  # as vLLM refuses chat_template_kwargs for some tokenisers
                     fault = "refuse" if "chat_template_kwargs" in body else ""
                 return await self._stream(request, body, self.judge(text), fault)
+            if fault and self.ended < self.fault_waits_for:
+                await self.enough_ended.wait()
             branch = BRANCHES.get(body.get("seed"), number)
             return await self._stream(request, body, self.replies[branch % len(self.replies)], fault)
         finally:
+            self.ended += 1
+            if self.ended >= self.fault_waits_for:
+                self.enough_ended.set()
             self.running -= 1
             if not self.running:
                 self.idle.set()

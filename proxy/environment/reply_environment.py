@@ -68,11 +68,17 @@ class ReplyBranch:
         stream = self.stream
         return self.finish is not None and stream.done() and not stream.cancelled() and stream.exception() is None
 
+    @property
+    def _has_failed(self) -> bool:
+        """Whether the upstream's error ended the reply, even after it seemed complete."""
+        stream = self.stream
+        return stream.done() and not stream.cancelled() and stream.exception() is not None
+
     def reveal(self, tokens: int) -> int:
         """Reveal up to `tokens` tokens in all. Returns how many are new."""
         before, arrived = self.revealed, len(self.output.ids)
         self.revealed = max(before, min(tokens, arrived))
-        if self.output.finish is not None and self.revealed == arrived:
+        if self.output.finish is not None and self.revealed == arrived and not self._has_failed:
             self.finish = self.output.finish
         return self.revealed - before
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from controllers import State, Stop
 from discovery.data.recordings import RecordedBranch
@@ -39,7 +39,8 @@ async def compose_reply(
 
     `recorded` are the branches if the plan records all. `fallback` is the reason why the baseline decided, or None.
     `escalated_beta` is the β at which the episode continued, or None. If the upstream does not answer within
-    `timeout_s`, or fails after the deadline or in a recording, the reply has the text that was generated so far.
+    `timeout_s`, or fails although an answer or a finished branch is known, the reply has what was generated so far. So
+    it has after the deadline and in a recording.
     """
     if state.stop is Stop.DEADLINE and state.answer is None and not any(branch.ids for branch in environment.branches):
         raise deadline_error()
@@ -51,8 +52,12 @@ async def compose_reply(
     except TimeoutError:
         message, agreed = _message_as_is(plan, environment, index, state)
     except UpstreamError as error:
-        if state.stop is not Stop.DEADLINE and not plan.records_all:
+        is_cut = environment.branches[index].finish is None
+        can_fail = state.stop is not Stop.DEADLINE and not plan.records_all
+        if is_cut and can_fail and state.answer is None:
             raise
+        if is_cut and can_fail and state.stop is Stop.ANSWERED:
+            state.stop = Stop.UPSTREAM_ERROR
         logger.warning("%s: %s", plan.request_id, error.logged)
         message, agreed = _message_as_is(plan, environment, index, state)
     reads_answer = state.answer is not None or state.stop in INTERRUPTED
@@ -141,10 +146,41 @@ def _message_as_is(plan: Plan, environment: LiveEnvironment, index: int, state: 
 
 
 def _statement(plan: Plan, environment: LiveEnvironment, index: int, answer: int) -> Message:
-    """Return a message with the reasoning of branch `index` and a statement of the voted answer by the proxy."""
-    template, tail, own = plan.prompt.template, plan.prompt.tail, environment.branches[index].text
-    content = template.led(environment.labels.written(answer))
-    return Message(content, template.split(tail, own)[0], "stop", 0, own + template.closing(tail, own) + content)
+    """Return a message with the text of branch `index` and a statement of the voted answer by the proxy.
+
+    A reply that the branch has ended is left out, because it does not give that answer.
+    """
+    template, tail, branch = plan.prompt.template, plan.prompt.tail, environment.branches[index]
+    statement = template.led(environment.labels.written(answer))
+    if branch.finish == "stop":
+        written = branch.text + template.closing(tail, branch.text) + statement
+        return Message(statement, template.split(tail, branch.text)[0], "stop", 0, written)
+    begun = _begun_reply(plan, branch)
+    return begun.message(statement, "stop", 0)
+
+
+class _BegunReply(NamedTuple):
+    """An unfinished branch whose thought is closed, so that its reply begins or goes on."""
+
+    reasoning: str | None
+    before: str  # text that the client does not read as the reply
+    reply: str  # with the paragraph break after it; empty if the branch had not begun its reply
+    tokens: int  # of the reply; an estimate if there is a thought, because counting takes a request
+
+    def message(self, text: str, finish: str, tokens: int) -> Message:
+        """Return a message in which the reply goes on with `text` of so many tokens."""
+        content = self.reply + text
+        return Message(content, self.reasoning, finish, self.tokens + tokens, self.before + content)
+
+
+def _begun_reply(plan: Plan, branch: LiveBranch) -> _BegunReply:
+    """Return what an unfinished branch has written, with its thought closed."""
+    template, tail, own = plan.prompt.template, plan.prompt.tail, branch.text
+    reasoning, closing = template.split(tail, own)[0], template.closing(tail, own)
+    at = template.reply_at(tail, own)
+    if at is None or not own[at:].strip():
+        return _BegunReply(reasoning, own + closing, "", 0)
+    return _BegunReply(reasoning, own[:at], own[at:] + closing, len(branch.ids) * (len(own) - at) // len(own))
 
 
 async def _gives_answer(environment: LiveEnvironment, content: str, label: int) -> bool:
@@ -157,26 +193,39 @@ async def _make_answer(plan: Plan, environment: LiveEnvironment, index: int, sta
     """Make an unfinished branch close its thought and answer. Return the message and whether it agrees with the vote.
 
     The branch first answers freely. If it does not give the voted answer, or the deadline has passed, the probe's
-    suffix leads it into the answer. If it still disagrees, the message states the voted answer.
+    suffix leads it into the answer. If it still disagrees, the message states the voted answer. What the branch has
+    already written of its reply comes first. If the deadline has passed without an answer, and the task may have none,
+    the message is the branch's text.
     """
     template, answer = plan.prompt.template, state.answer
-    own = environment.branches[index].text
-    reasoning = template.split(plan.prompt.tail, own)[0]
-    closed = own + template.closing(plan.prompt.tail, own)
+    begun = _begun_reply(plan, environment.branches[index])
     if state.stop is not Stop.DEADLINE:
         closing = await environment.suffix(index, lead=False)
         output = await environment.extend(index, closing, plan.final_answer_limits.free, GREEDY)
-        content = output.text.strip()
-        if answer is None or await _gives_answer(environment, content, answer):
-            content = environment.stops.trim(content)
-            written = closed + (output.text if content == output.text.strip() else content)
-            return Message(content, reasoning, output.finish or "stop", len(output.ids), written), True
+        message = begun.message(output.text.strip(), output.finish or "stop", len(output.ids))
+        if answer is None or await _gives_answer(environment, message.content, answer):
+            content = environment.stops.trim(message.content)
+            is_trimmed = content != message.content
+            written = begun.before + (content if is_trimmed else begun.reply + output.text)
+            return message._replace(content=content, written=written), True
+    elif answer is None and not _may_be_led(plan, environment, is_begun=bool(begun.reply)):
+        return _message_as_is(plan, environment, index, state)
     suffix = await environment.suffix(index, lead=True)
     output = await environment.extend(index, suffix, plan.final_answer_limits.led, probe_templates.sampling())
-    content, visible = template.led(output.text), len(suffix) + len(output.ids)
-    if answer is None or await _gives_answer(environment, content, answer):
-        return Message(content, reasoning, "stop", visible, closed + content), True
+    message = begun.message(template.led(output.text), "stop", len(output.ids))
+    if answer is None or await _gives_answer(environment, message.content, answer):
+        return message, True
     return _statement(plan, environment, index, answer), False
+
+
+def _may_be_led(plan: Plan, environment: LiveEnvironment, *, is_begun: bool) -> bool:
+    """Return whether a branch without an answer may be led into one: the task is known to have answers.
+
+    Nearly any text can be led into one, so what a branch has done so far proves little once it writes its reply.
+    """
+    kind = plan.prompt.kind
+    is_known = kind.is_declared_votable or plan.prompt.asks_for_answer
+    return kind.is_probeable and (is_known or (environment.votable and not is_begun))
 
 
 async def _branch_message(environment: LiveEnvironment, branch: LiveBranch) -> Message:

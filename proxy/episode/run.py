@@ -241,10 +241,14 @@ async def _compose(
     failure: UpstreamError | None,
     recorded: Sequence[RecordedBranch],
 ) -> Reply:
-    """Return the reply. Raises `failure`, or another ApiError, if nothing was generated that can answer."""
-    is_recorded = any(branch.complete for branch in recorded)
-    if failure is not None and state.answer is None and not state.finished and not is_recorded:
-        raise failure
+    """Return the reply. Raises `failure`, or another ApiError, if nothing was generated that can answer.
+
+    Replies that ended in the round that failed can answer, though no fact has revealed them.
+    """
+    if failure is not None and state.answer is None and not state.finished:
+        is_recorded = any(branch.complete for branch in recorded)
+        if not is_recorded and not any(branch.finish == "stop" for branch in environment.branches):
+            raise failure
     if not environment.branches:
         raise deadline_error()
     remaining_s = plan.remaining_s

@@ -226,10 +226,16 @@ async def test_at_the_deadline_the_best_answer_so_far_is_returned(
     assert status == 200, reply
     assert headers["x-tts-stop"] == "deadline"
     assert reply["choices"][0]["message"]["content"] == content
+    if content.startswith(LEAD):
+        usage = reply["usage"]
+        visible = usage["completion_tokens"] - usage["completion_tokens_details"]["reasoning_tokens"]
+        assert visible == len("7}") + 1  # the tokens that the proxy added are the prompt's
     assert reply["tts"]["tokens"]["aborted"] > 0
     assert proxy.backend.running == 0
 
 
+STATED = f"\n\n{LEAD}7}}"
+"""How the voted answer is stated after what a branch has written of its reply."""
 SOON_S = 3.0
 """Maximum seconds for a reply with a deadline of a second, also on a busy machine."""
 
@@ -257,7 +263,7 @@ async def reply_soon(proxy: Proxy, *, stream: bool, within: float = SOON_S, **fi
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("after", "content", "finish"), [(0, "<", "length"), (1, "", "length"), (3, "7", "stop")])
+@pytest.mark.parametrize(("after", "content", "finish"), [(0, "<", "length"), (1, "", "length"), (3, "It", "stop")])
 async def test_a_deadline_holds_while_the_upstream_hangs_and_no_branch_has_finished(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch, after: int, content: str, finish: str, stream: bool
 ) -> None:
@@ -265,8 +271,8 @@ async def test_a_deadline_holds_while_the_upstream_hangs_and_no_branch_has_finis
     proxy.backend.fault, proxy.backend.fault_after = "hang", after
     tts = {"deadline_s": 1.0, "controller": "parallel_probe", "answer": "boxed"}
     got, reason, tts_object = await reply_soon(proxy, stream=stream, tts=tts)
-    assert (got, reason) == (f"{LEAD}7}}" if content == "7" else content, finish)
-    assert (tts_object["stop"], tts_object["agreed"]) == ("deadline", False if content == "7" else None)
+    assert (got, reason) == (content + STATED if content == "It" else content, finish)
+    assert (tts_object["stop"], tts_object["agreed"]) == ("deadline", False if content == "It" else None)
     hung = proxy.backend.requests[after:]
     seen = sum(
         request.get("n", 1) * (len(request["prompt"]) if isinstance(request["prompt"][0], list) else 1)
@@ -287,7 +293,7 @@ async def test_an_upstream_failure_after_the_deadline_still_returns_an_answer(pr
     await proxy.backend.hanging.wait()
     proxy.backend.fault = "garbage"
     content, finish, tts_object = await asking
-    assert (content, finish, tts_object["stop"]) == (f"{LEAD}7}}", "stop", "deadline")
+    assert (content, finish, tts_object["stop"]) == (f"It{STATED}", "stop", "deadline")
 
 
 @pytest.mark.slow
@@ -299,7 +305,7 @@ async def test_a_deadline_during_the_final_answer_returns_the_voted_answer(
     tts = {"controller": "parallel_probe", "answer": "boxed"}
     started = time.monotonic()
     _, _, reply = await proxy.ask("0.5", tts={**tts, "deadline_s": 60})
-    deadline = max(2.0, 3 * (time.monotonic() - started))  # so that the final answer begins before it
+    deadline = min(4.0, max(2.0, 3 * (time.monotonic() - started)))  # so that the final answer begins before it
     assert reply["choices"][0]["message"]["content"] == "So \\boxed{7}"
     proxy.backend.fault, proxy.backend.fault_after = "hang", 2 * len(proxy.backend.requests) - 1
     content, finish, tts_object = await reply_soon(
@@ -470,6 +476,42 @@ async def test_an_unfinished_winner_is_made_to_close_and_answer(proxy: Proxy) ->
     assert reply["tts"]["tokens"]["finalise"] > 0
     assert reply["tts"]["agreed"]
     assert reply["usage"]["completion_tokens"] == proxy.backend.generated
+
+
+async def test_an_unfinished_winner_without_a_thought_keeps_what_it_has_written(proxy: Proxy) -> None:
+    text = "We add them. " * 120
+    proxy.backend.chains = [Chain(text + "\\boxed{7}", ("7",))]
+    _, _, reply = await proxy.ask("0", tts={"controller": "parallel_probe"})
+    content, usage = reply["choices"][0]["message"]["content"], reply["usage"]
+    begun, _, added = content.partition("\n\n")
+    assert text.startswith(begun)
+    assert len(begun) >= INTERVAL
+    assert added == "So \\boxed{7}"
+    visible = usage["completion_tokens"] - usage["completion_tokens_details"]["reasoning_tokens"]
+    assert visible == len(begun) + len(added) + 1
+    assert reply["tts"]["agreed"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "added", "finish"),
+    [("Write an essay on roses", "", "length"), ("How many roses are there?", f"\n\n{LEAD}7}}", "stop")],
+)
+async def test_at_the_deadline_only_a_question_with_an_answer_is_led_into_one(
+    proxy: Proxy, asked: str, added: str, finish: str
+) -> None:
+    proxy.backend.chains = [Chain("Roses " * 300, ("7",))]
+    proxy.backend.fault, proxy.backend.fault_after = "hang", 1
+    messages = [{"role": "user", "content": asked}]
+    asking = asyncio.create_task(
+        proxy.ask("0.5", messages=messages, tts={"deadline_s": 1.0, "controller": "self_consistency"})
+    )
+    await proxy.backend.hanging.wait()
+    proxy.backend.fault = ""
+    status, _, reply = await asking
+    (choice,) = reply["choices"]
+    assert (status, choice["finish_reason"], reply["tts"]["stop"]) == (200, finish, "deadline")
+    assert choice["message"]["content"].startswith("Roses Roses ")
+    assert choice["message"]["content"].partition("\n\n")[1:] == (added[:2], added[2:])
 
 
 async def test_text_without_an_answer_is_still_a_reply(proxy: Proxy) -> None:

@@ -27,6 +27,7 @@ from discovery.data.recordings import Cell, Origin, Split, default_split, live_s
 from discovery.store import ServedEpisode, Store
 from proxy.admission import api_keys
 from proxy.errors import RecordsAway
+from proxy.probe_templates import LEAD
 from proxy.recording import episode_log, store_writer
 from proxy.recording.branch_completion import BENCHMARK, is_sampled
 from proxy.server import running
@@ -172,7 +173,9 @@ async def test_a_request_whose_final_answer_is_lost_is_not_stored_as_answered(
         await asyncio.gather(asking, return_exceptions=True)
         await backend.idle.wait()
         backend.fault, backend.fault_after, backend.opened = "cut", 3 * calls - 1, 0
-        assert (await proxy.ask("0", tts=tts))[0] == 502
+        status, _, reply = await proxy.ask("0", tts=tts)
+        assert (status, reply["tts"]["stop"], reply["tts"]["agreed"]) == (200, "upstream_error", False)
+        assert reply["choices"][0]["message"]["content"] == f"{LEAD}7}}"
         backend.fault, backend.opened = "", 0
         monkeypatch.setattr("proxy.episode.reply._gives_answer", breaks)
         assert (await proxy.ask("0", tts=tts))[0] == 500
