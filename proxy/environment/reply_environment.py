@@ -210,6 +210,7 @@ class ReplyEnvironment:
                 while len(self.branches) < self._width + opening:
                     self._open(limit)
             running = {action.branch for action in actions if action.verb is Verb.CONTINUE}
+            running |= set(range(self._width, self._width + opening))
             for action in actions:
                 if action.verb is Verb.PRUNE and action.branch not in running:
                     self._abort(action.branch)

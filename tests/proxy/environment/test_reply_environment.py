@@ -50,3 +50,12 @@ async def test_a_reply_that_was_stopped_for_its_repetitions_does_not_vote() -> N
         facts = await world.execute([branch(5)])
         assert [fact.label for fact in facts] == [None]
         assert world.branches[0].output.finish_reason == "repetition"
+
+
+async def test_a_branch_that_its_own_round_prunes_is_advanced_first() -> None:
+    async with opened([ScriptedReply("\\boxed{7}"), ScriptedReply("x" * 50)]) as (world, _):
+        kept, pruned = await world.execute([branch(), branch(), prune(1)])
+        assert isinstance(kept, Advanced)
+        assert (kept.branch, kept.tokens, kept.finished, kept.label) == (0, INTERVAL, True, 0)
+        assert isinstance(pruned, Advanced)
+        assert (pruned.branch, pruned.tokens, pruned.finished) == (1, INTERVAL, False)
