@@ -290,6 +290,11 @@ def clipped(text: str, most: int) -> str:
     return f"{text[:head]}…{text[len(text) - (most - head - 1) :]}"
 
 
+def internal_error() -> ApiError:
+    """Return the error for a fault of the proxy. The log, never the client, gets what failed."""
+    return ApiError("the proxy failed; its log has the details", code="internal_error")
+
+
 def body(error: ApiError) -> Mapping[str, Any]:
     """Return the error as a JSON object in OpenAI's format."""
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}

@@ -50,8 +50,7 @@ class ErrorResponses:
             return self._http_error(request, error)
         if isinstance(error, ClientDisconnected):
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-        # A fault of the proxy: the traceback goes to the log, never to the client.
-        internal = ApiError("the proxy failed; its log has the details", code="internal_error")
+        internal = errors.internal_error()
         request.state.error_code = internal.code
         return JSONResponse(errors.body(internal), internal.status, {"x-request-id": current_request_id()})
 

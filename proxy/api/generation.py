@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
@@ -157,6 +158,7 @@ class GenerationEndpoints:
         effective_beta: EffectiveBeta,
         slot: RequestSlot,
         name: str,
+        started: float | None = None,
     ) -> Coroutine[Any, Any, Plan]:
         service, caller = self._service, request.state.caller
         caller.fields_to_drop(parsed.model_extra or {})  # refuses a priority that the key may not set
@@ -172,6 +174,7 @@ class GenerationEndpoints:
             drift=self._drift(parsed),
             salt=caller.salt or parsed.cache_salt,
             request_id=name,
+            started=started,
         )
 
     def _plan_reply(
@@ -219,9 +222,10 @@ class GenerationEndpoints:
         service, parsed, path = self._service, prompts[0], request.scope["path"]
         slots = await service.request_slots.acquire_episodes(request, parsed.tts.max_total_tokens, len(prompts))
         news: asyncio.Queue[PromptNews] = asyncio.Queue()
+        started = time.monotonic()
 
         def planning(index: int) -> Coroutine[Any, Any, Plan]:
-            return self._plan(request, prompts[index], model, effective_beta, slots[index], f"{name}-{index}")
+            return self._plan(request, prompts[index], model, effective_beta, slots[index], f"{name}-{index}", started)
 
         async def plan_all() -> list[Plan]:
             plans = [await service.tracer.plan(path, model.id, request.state.leases, planning(0))]

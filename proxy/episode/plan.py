@@ -79,13 +79,16 @@ async def plan_request(
     drift: TemplateDrift | None = None,
     salt: str | None = None,
     request_id: str = "",
+    started: float | None = None,
 ) -> Plan:
     """Return the plan of a request. Nothing is generated.
 
     `caps` are the caller's limits. `drift` provides the hash of the chat template; it is None if the request is not
-    recorded. Without `request_id` a new id is created. Raises BadRequest or UpstreamError.
+    recorded. Without `request_id` a new id is created. The deadline counts from `started`, by default now, on the
+    monotonic clock. Raises BadRequest or UpstreamError.
     """
-    started = time.monotonic()
+    now = time.monotonic()
+    started = now if started is None else started
     has_no_vote = is_admin_only(request.tts.controller or "") or request.ignore_eos
     rule = None if has_no_vote else agreement_rule(request.tts, settings, beta)
     if request.tts.answer.method is ExtractionMethod.TOOLS:
@@ -103,7 +106,7 @@ async def plan_request(
     deadline_s = smallest(request.tts.deadline_s, settings.deadline_s)
     affinity = affinity_key(request)
     engine = engine.route(model.id, lambda: affinity)
-    async with fail_after(deadline_s):
+    async with fail_after(None if deadline_s is None else started + deadline_s - now):
         try:
             choice = await controllers.choose(request.tts.controller, request_id, model.id)
         except UnknownController as error:
@@ -304,6 +307,8 @@ def _lengths(settings: Settings, request: GenerationRequest, sizes: _Sizes, cap:
     finalise = min(settings.finalise_tokens, (context - prompt) // 4)
     if cap is not None:
         finalise = max(probe, min(finalise, cap // 4))
+    if request.branch_limit is not None:  # the client reads this answer, so the limit holds for it too
+        finalise = min(finalise, max(probe, request.branch_limit))
     room = context - prompt - max(close + finalise, suffix + max(probe, finalise))
     if room < 1:
         needed = context - prompt - room + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from controllers import State, Stop
 from discovery.data.recordings import RecordedBranch
@@ -21,7 +21,9 @@ logger = logging.getLogger(__name__)
 INTERRUPTED: Final = (Stop.DEADLINE, Stop.MAX_TOKENS, Stop.UPSTREAM_ERROR, Stop.CONTROLLER_ERROR)
 """Stop reasons of episodes that end before their vote. The message may give an answer that no branch voted for."""
 GREEDY: Final = {"temperature": 0.0}
-"""Sampling parameters of the final answer."""
+"""Sampling parameters of the final answer, with those of KEPT."""
+KEPT: Final = ("logit_bias", "repetition_penalty")
+"""Sampling parameters of the branches that the final answer keeps: they apply to greedy decoding too."""
 
 
 async def compose_reply(
@@ -201,7 +203,7 @@ async def _make_answer(plan: Plan, environment: LiveEnvironment, index: int, sta
     begun = _begun_reply(plan, environment.branches[index])
     if state.stop is not Stop.DEADLINE:
         closing = await environment.suffix(index, lead=False)
-        output = await environment.extend(index, closing, plan.final_answer_limits.free, GREEDY)
+        output = await environment.extend(index, closing, plan.final_answer_limits.free, _answer_sampling(plan))
         message = begun.message(output.text.strip(), output.finish or "stop", len(output.ids))
         if answer is None or await _gives_answer(environment, message.content, answer):
             content = environment.stops.trim(message.content)
@@ -226,6 +228,11 @@ def _may_be_led(plan: Plan, environment: LiveEnvironment, *, is_begun: bool) -> 
     kind = plan.prompt.kind
     is_known = kind.is_declared_votable or plan.prompt.asks_for_answer
     return kind.is_probeable and (is_known or (environment.votable and not is_begun))
+
+
+def _answer_sampling(plan: Plan) -> dict[str, Any]:
+    """Return the sampling parameters of a free final answer."""
+    return {**{name: value for name, value in plan.prompt.sampling.items() if name in KEPT}, **GREEDY}
 
 
 async def _branch_message(environment: LiveEnvironment, branch: LiveBranch) -> Message:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import traceback
 from collections.abc import Awaitable
 from contextlib import suppress
 from contextvars import ContextVar
@@ -22,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from proxy import errors
 from proxy.errors import ApiError, ShuttingDownError
 from proxy.http.access_log import ECHO, client_id
+from proxy.telemetry.logs import log_fault
 
 logger = logging.getLogger(__name__)
 
@@ -111,9 +111,8 @@ class ShutdownMiddleware:
             if has_begun or not self.is_shut:
                 raise
             await _refusal(scope)(scope, receive, send)
-        except Exception as error:  # the client got its response; uvicorn would log the message, which may quote it
-            frames = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("unhandled error in the proxy: %s\n%s", type(error).__name__, frames)
+        except Exception as error:  # the client got its response; uvicorn would log the message
+            log_fault(logger, error)
         finally:
             del self._running[task]
             if not self._running:

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from proxy import errors
 from proxy.http import graceful_shutdown
 from proxy.http.response_cycle import SEND_PIECE
+from proxy.telemetry.logs import log_fault
 from proxy.upstream.body_tap import BodySink, BodySource
 
 T = TypeVar("T")
@@ -148,8 +149,9 @@ async def progress_and_result(
 ) -> AsyncGenerator[N | T | None]:
     """Yield the items of `news` as they arrive, and finally the result of `serve`.
 
-    Yields None after each `ping_s` seconds without an item. Raises ApiError, also if the server shuts down before there
-    is a result, so that the stream can report it. Closing the generator cancels `serve` and waits for it.
+    Yields None after each `ping_s` seconds without an item. Raises ApiError, also if `serve` fails with another error,
+    or the server shuts down before there is a result, so that the stream can report it. Closing the generator cancels
+    `serve` and waits for it.
     """
     task = asyncio.create_task(serve())
     item: asyncio.Task[N] | None = None
@@ -165,7 +167,14 @@ async def progress_and_result(
                 yield None
         while not news.empty():
             yield news.get_nowait()
-        yield await task
+        try:
+            result = await task
+        except errors.ApiError:
+            raise
+        except Exception as error:  # the status has been sent, so nothing else could tell the client
+            log_fault(logger, error)
+            raise errors.internal_error() from error
+        yield result
     except asyncio.CancelledError:
         if not graceful_shutdown.is_cut_by_shutdown():
             raise

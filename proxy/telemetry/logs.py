@@ -47,6 +47,12 @@ def configure_logging(settings: Settings, console: Console) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
+def log_fault(logger: logging.Logger, error: Exception) -> None:
+    """Log an unhandled error with its traceback, but without its message, which may quote a request."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("unhandled error in the proxy: %s\n%s", type(error).__name__, frames)
+
+
 class TextFormatter(logging.Formatter):
     """Plain-text log lines. A line within a request begins with the request id."""
 

@@ -120,7 +120,7 @@ class _Failures:
             message = f"{request.method} {request.url.path}: {error.detail}"
             error = NotFound(message, code="not_found") if is_missing else _WrongMethod(message)
         if not isinstance(error, ApiError):
-            error = ApiError("the proxy failed; its log has the details", code="internal_error")
+            error = errors.internal_error()
         is_page = not request.url.path.startswith("/ui/data/")
         if isinstance(error, Unauthorised) and is_page:
             return self._to_sign_in(request)

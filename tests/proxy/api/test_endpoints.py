@@ -319,6 +319,32 @@ async def test_a_too_long_prompt_that_the_upstream_may_truncate_is_forwarded(raw
 # Streams
 
 
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/completions", {"prompt": PROMPT}),
+        ("/v1/completions", {"prompt": [PROMPT, PROMPT]}),
+        ("/v1/responses", {"input": "hi"}),
+    ],
+)
+async def test_a_stream_reports_an_internal_error_in_its_last_event(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, path: str, asked: dict[str, Any]
+) -> None:
+    async def breaks(*_: Any) -> None:
+        raise LookupError(str(asked))  # which may quote a client's text
+
+    monkeypatch.setattr("proxy.episode.run._run", breaks)
+    body = {"model": MODEL, "stream": True, "tts": {"beta": 0.5}, **asked}
+    async with proxy.http.post(proxy.url + path, json=body) as response:
+        seen = events(await response.text())
+    *_, last = [event["error"] for event in seen if event.get("error")]
+    assert (last["code"], last["type"], last["message"][:16]) == ("internal_error", "server_error", "the proxy failed")
+    assert seen[-1].get("type", "error") in ("error", "response.failed")
+    assert "unhandled error in the proxy: LookupError" in caplog.text
+    assert str(asked) not in caplog.text
+
+
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
 async def test_a_stream_with_progress_sends_one_reasoning_line_per_round(proxy: Proxy, name: str) -> None:
     body = {"messages": [{"role": "user", "content": "hi"}], "stream": True, "tts": {"beta": 0.5, "progress": True}}

@@ -17,6 +17,7 @@ import pytest_asyncio
 from discovery.store import Store
 from proxy.api import generation
 from proxy.api.formats.prompt_batch import BEGUN_TOGETHER, together
+from proxy.episode import plan
 from proxy.errors import UpstreamTimeout
 from proxy.requests import completion_request
 from proxy.requests.completion_request import CompletionRequest
@@ -196,6 +197,23 @@ async def test_each_prompt_takes_an_episode_permit_and_more_than_can_ever_wait_a
         status, _, reply = await post(proxy, prompt=[*PROMPTS, "four"])
         assert (status, reply["error"]["code"], reply["error"]["param"]) == (400, "invalid_value", "prompt")
         assert (await post(proxy))[0] == 200  # all permits are free again
+
+
+async def test_the_deadline_of_a_batch_also_holds_while_its_prompts_are_planned(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first prompt is planned alone, the others afterwards, and both together take longer than the deadline."""
+    read_prompt = plan._read_prompt
+
+    async def read_slowly(*args: Any) -> Any:
+        await asyncio.sleep(0.3)
+        return await read_prompt(*args)
+
+    monkeypatch.setattr(plan, "_read_prompt", read_slowly)
+    status, headers, reply = await post(proxy, tts={**BETA, "answer": "boxed", "deadline_s": 0.5})
+    assert (status, reply["error"]["code"]) == (504, "deadline_passed")
+    assert headers["x-should-retry"] == "false"
+    assert not proxy.backend.requests
 
 
 async def test_each_prompt_of_a_batch_is_recorded_as_an_episode(backend: FakeVLLM, tmp_path: Path) -> None:

@@ -514,6 +514,26 @@ async def test_at_the_deadline_only_a_question_with_an_answer_is_led_into_one(
     assert choice["message"]["content"].partition("\n\n")[1:] == (added[:2], added[2:])
 
 
+async def test_the_final_answer_of_an_unfinished_winner_keeps_the_token_limit(backend: FakeVLLM) -> None:
+    backend.chains = [chain("7", 1500, ["7"], mark=chr(97 + i)) for i in range(26)]
+    settings, limit = load(upstream=backend.url, **{**SMALL, "finalise_tokens": 450}), 380
+    async with running(settings) as url, aiohttp.ClientSession() as http:
+        proxy = Proxy(backend, url, http, None)  # type: ignore[arg-type]
+        _, _, reply = await proxy.ask("0", tts={"controller": "parallel_probe", "answer": "boxed"}, max_tokens=limit)
+    assert reply["tts"]["tokens"]["finalise"] > 0
+    assert max(request["max_tokens"] for request in backend.requests) == limit
+
+
+async def test_the_final_answer_of_an_unfinished_winner_keeps_biases_and_is_greedy(proxy: Proxy) -> None:
+    proxy.backend.chains = [chain("7", 1500, ["7"], mark=chr(97 + i)) for i in range(26)]
+    kept: dict[str, Any] = {"logit_bias": {"33": -100.0}, "repetition_penalty": 1.1}
+    _, _, reply = await proxy.ask("0", tts={"controller": "parallel_probe"}, temperature=0.9, top_p=0.8, **kept)
+    assert reply["tts"]["tokens"]["finalise"] > 0
+    last = proxy.backend.requests[-1]
+    assert {name: last[name] for name in kept} == kept
+    assert (last["temperature"], last.get("top_p")) == (0.0, None)
+
+
 async def test_text_without_an_answer_is_still_a_reply(proxy: Proxy) -> None:
     proxy.backend.chains = [Chain("Roses are red.")]
     status, _, reply = await proxy.ask("0")
