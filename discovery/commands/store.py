@@ -23,7 +23,7 @@ from discovery.data.importers import format_recording_line, holds_recordings, re
 from discovery.data.recordings import Origin, RecordedQuestion, Split, default_split
 from discovery.errors import RecordingsNotFound, StoreDamaged, StoreError
 from discovery.evaluation.sources import open_source, select_cells
-from discovery.store import CellSummary, ServedSummary, Store, StorePlace, parse_place
+from discovery.store import CellSummary, ForgottenCounts, ServedSummary, Store, StorePlace, parse_place
 from discovery.store.copying import copy_store
 
 T = TypeVar("T")
@@ -215,13 +215,19 @@ def forget(
     """Erase everything recorded of a request or a tenant permanently, including the bytes on disk."""
     if (bool(request), bool(tenant), anonymous).count(True) != 1:
         raise StoreError("forget: give exactly one of --request-id ID, --tenant HASH and --anonymous")
-    erased = with_store(
-        place, lambda opened: opened.forget(request=request or None, tenant=None if request else tenant)
-    )
+
+    async def run(opened: Store) -> tuple[bool, ForgottenCounts]:
+        name = {"request": request} if request else {"tenant": tenant}
+        return await opened.was_forgotten(**name), await opened.forget(**name)
+
+    is_repeated, erased = with_store(place, run)
+    whose = request or tenant or "requests without a key"
+    if is_repeated and not any(erased):
+        wide_console().print(f"{place}: forgotten before; nothing is left of {whose}", highlight=False)
+        return
     if not any(erased):
         advice = "; a tenant is the hash of a key's name, which `autotts keys list` shows" if tenant else ""
-        whose = request or tenant or "requests without a key"
-        raise RecordingsNotFound(f"{place}: nothing is recorded of {whose}{advice}")
+        raise RecordingsNotFound(f"{place}: nothing is recorded of {whose}; it is now noted as forgotten{advice}")
     wide_console().print(
         f"{place}: erased {erased.episodes} episodes, {erased.feedback} feedback entries, "
         f"{erased.recordings} recordings, {erased.labels} labels, and "

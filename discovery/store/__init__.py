@@ -5,6 +5,7 @@ Imported by every folder above it and the proxy. Imports data and errors.
 
 from discovery.store.databases.places import DatabaseUrl, StorePlace, child_environment, parse_place
 from discovery.store.records import (
+    MAX_PROMPTS,
     AddedCounts,
     CellSummary,
     EpisodeDetails,
@@ -17,10 +18,12 @@ from discovery.store.records import (
     StoreItem,
     TriedCandidate,
     VerificationReport,
+    prompt_name,
 )
 from discovery.store.replay_store import Store
 
 __all__ = [
+    "MAX_PROMPTS",
     "AddedCounts",
     "CellSummary",
     "DatabaseUrl",
@@ -38,4 +41,5 @@ __all__ = [
     "VerificationReport",
     "child_environment",
     "parse_place",
+    "prompt_name",
 ]

@@ -141,6 +141,27 @@ StoreItem = ServedEpisode | Feedback | RecordedQuestion
 """The records that the proxy writes."""
 
 
+MAX_PROMPTS: Final = 128
+"""Prompts that are served of one request at most. If there are several, each is recorded under a name of its own."""
+_INDICES: Final = frozenset(map(str, range(MAX_PROMPTS)))
+
+
+def prompt_name(request: str, index: int) -> str:
+    """Return the name under which one of the prompts of a request is recorded."""
+    return f"{request}-{index}"
+
+
+def names_of(request: str) -> list[str]:
+    """Return the names under which a request may be recorded: its own, and those of its prompts."""
+    return [request, *(prompt_name(request, index) for index in range(MAX_PROMPTS))]
+
+
+def request_of(name: str) -> str:
+    """Return the request of which `name` would be a prompt, or the name itself."""
+    request, _, index = name.rpartition("-")
+    return request if index in _INDICES else name
+
+
 class ForgottenCounts(NamedTuple):
     """How many rows `forget` or `expire` removed."""
 

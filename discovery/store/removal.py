@@ -19,7 +19,7 @@ RECORDING_TABLES: Final = ("branches", "branch_signals", "provenance", "recordin
 async def drop_served(
     connection: DatabaseConnection,
     where: str,
-    value: str,
+    values: Sequence[str],
     requests: Iterable[str] = (),
     limit: int | None = None,
 ) -> ForgottenCounts:
@@ -29,10 +29,8 @@ async def drop_served(
     counted from any of it are removed too; they are recounted from what is left when labels are next computed.
     """
     chosen = f"FROM {{}} WHERE {where}" + (f" ORDER BY created LIMIT {limit}" if limit else "")
-    episodes = await connection.fetch_all(
-        f"SELECT request_id, id, created, tenant {chosen.format('episodes')}", (value,)
-    )
-    rated = await connection.fetch_all(f"SELECT request_id, id {chosen.format('feedback')}", (value,))
+    episodes = await connection.fetch_all(f"SELECT request_id, id, created, tenant {chosen.format('episodes')}", values)
+    rated = await connection.fetch_all(f"SELECT request_id, id {chosen.format('feedback')}", values)
     served = {request for request, *_ in episodes}.union(requests)
     names = sorted(served, key=repr)
     touched = sorted(served.union(request for request, _ in rated), key=repr)

@@ -33,6 +33,7 @@ from discovery.store.records import (
     ServedSummary,
     StoreItem,
     VerificationReport,
+    names_of,
     utc_now,
 )
 from discovery.store.row_checks import REPAIR_HINT, describe_row, read_rows
@@ -172,20 +173,24 @@ class Store:
     async def forget(self, *, request: str | None = None, tenant: str | None = None) -> ForgottenCounts:
         """Remove all data derived from a request, or from a tenant's requests so far. It cannot be added again.
 
-        Its bytes are erased too. Labels counted from it are removed, and so are questions that nothing else refers to.
-        Raises StoreError, also if bytes remain because another process still reads them.
+        A request stands for all of its prompts. Its bytes are erased too. Labels counted from it are removed, and so
+        are questions that nothing else refers to. Raises StoreError, also if bytes remain because another process still
+        reads them.
         """
-        kind, column, name = ("tenant", "tenant", tenant) if request is None else ("request", "request_id", request)
+        names = [] if request is None else names_of(request)
+        where = f"request_id IN ({', '.join('?' * len(names))})" if names else "tenant = ?"
 
         async def work(connection: DatabaseConnection) -> ForgottenCounts:
-            tombstone = rows.tombstone(kind, name or "")
+            tombstone = _tombstone(request, tenant)
             await connection.delete_rows("forgotten WHERE id = ?", tombstone)
             await connection.insert_rows("forgotten", [with_checksum((tombstone, utc_now()))])
-            return await removal.drop_served(
-                connection, f"{column} = ?", name or "", () if request is None else (request,)
-            )
+            return await removal.drop_served(connection, where, names or (tenant or "",), names)
 
         return await self._write_and_erase(work)
+
+    async def was_forgotten(self, *, request: str | None = None, tenant: str | None = None) -> bool:
+        """Return whether `forget` was called before with this request or tenant."""
+        return bool(await self._read("SELECT 1 FROM forgotten WHERE id = ?", (_tombstone(request, tenant),)))
 
     async def expire(self, before: str) -> ForgottenCounts:
         """Remove episodes and feedback older than `before`, a stored time, and other data derived from those requests.
@@ -195,7 +200,7 @@ class Store:
         """
 
         async def work(connection: DatabaseConnection) -> ForgottenCounts:
-            return await removal.drop_served(connection, "created < ?", before, limit=EXPIRED_AT_ONCE)
+            return await removal.drop_served(connection, "created < ?", (before,), limit=EXPIRED_AT_ONCE)
 
         total = ForgottenCounts(0, 0, 0, 0, 0)
         while any(removed := await self.write(work)):
@@ -378,3 +383,7 @@ class Store:
 
 def _episode_rows(episodes: Sequence[ServedEpisode]) -> tuple[list[Row], list[Facts]]:
     return list(map(rows.episode_row, episodes)), list(map(facts_of, episodes))
+
+
+def _tombstone(request: str | None, tenant: str | None) -> str:
+    return rows.tombstone("tenant", tenant or "") if request is None else rows.tombstone("request", request)

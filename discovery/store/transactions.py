@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from discovery.data.recordings import RecordedQuestion
 from discovery.store import rows
 from discovery.store.databases.connection import DatabaseConnection
-from discovery.store.records import AddedCounts, Label, ServedEpisode, utc_now
+from discovery.store.records import AddedCounts, Label, ServedEpisode, request_of, utc_now
 from discovery.store.row_checks import row_fault, row_key
 from discovery.store.schema import COLUMNS, select_statement
 
@@ -108,20 +109,23 @@ def _are_among(branches: Sequence[tuple[Any, ...]], others: Sequence[tuple[Any, 
 
 
 async def without_forgotten(connection: DatabaseConnection, episodes: Sequence[ServedEpisode]) -> list[ServedEpisode]:
-    """Return the episodes whose requests were not forgotten, alone or with their tenants.
+    """Return the episodes whose requests were not forgotten, alone, with their other prompts, or with their tenants.
 
     Only the names that the episodes have are looked up: what was forgotten is kept for good.
     """
     if not await connection.fetch_all("SELECT 1 FROM forgotten LIMIT 1"):
         return list(episodes)
     tenants = {episode.tenant: rows.tombstone("tenant", episode.tenant) for episode in episodes}
-    requests = {episode.request_id: rows.tombstone("request", episode.request_id) for episode in episodes}
-    asked = sorted({*tenants.values(), *requests.values()})
+    requests = {
+        name: {rows.tombstone("request", each) for each in (name, request_of(name))}
+        for name in (episode.request_id for episode in episodes)
+    }
+    asked = sorted({*tenants.values(), *chain(*requests.values())})
     forgotten = dict(await connection.rows_in("SELECT id, created FROM forgotten WHERE id", asked))
     return [
         episode
         for episode in episodes
-        if requests[episode.request_id] not in forgotten
+        if requests[episode.request_id].isdisjoint(forgotten)
         and episode.created > forgotten.get(tenants[episode.tenant], "")
     ]
 

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from controllers import Stop
 from controllers.builtin import is_admin_only
+from discovery.store import prompt_name
 from proxy.admission.auth import Caller
 from proxy.admission.request_slot import RequestSlot
 from proxy.api.formats import chat_completions, completions, responses
@@ -225,7 +226,8 @@ class GenerationEndpoints:
         started = time.monotonic()
 
         def planning(index: int) -> Coroutine[Any, Any, Plan]:
-            return self._plan(request, prompts[index], model, effective_beta, slots[index], f"{name}-{index}", started)
+            named = prompt_name(name, index)
+            return self._plan(request, prompts[index], model, effective_beta, slots[index], named, started)
 
         async def plan_all() -> list[Plan]:
             plans = [await service.tracer.plan(path, model.id, request.state.leases, planning(0))]

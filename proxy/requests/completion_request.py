@@ -7,13 +7,12 @@ from typing import Annotated, Any, ClassVar, Final, Self
 
 from pydantic import BeforeValidator, Field, PrivateAttr
 
+from discovery.store import MAX_PROMPTS
 from proxy.requests import field_table
 from proxy.requests.generation_request import GenerationRequest, PassThroughReason
 
 MAX_PROMPT_IDS: Final = 2**20
 """Maximum number of token ids in a prompt, and in all prompts of a request that a controller serves."""
-MAX_PROMPTS: Final = 128
-"""Maximum number of prompts in a request that a controller serves."""
 
 
 def _bounded_ids(prompt: object) -> object:

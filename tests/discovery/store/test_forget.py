@@ -13,7 +13,17 @@ import pytest
 
 from discovery.data.recordings import LabelSource, Origin, RecordedQuestion, question_id
 from discovery.errors import RecordingsNotFound, StoreError
-from discovery.store import Feedback, ForgottenCounts, Label, ServedEpisode, Store, StoreItem, StorePlace
+from discovery.store import (
+    MAX_PROMPTS,
+    Feedback,
+    ForgottenCounts,
+    Label,
+    ServedEpisode,
+    Store,
+    StoreItem,
+    StorePlace,
+    prompt_name,
+)
 from discovery.store.databases.sqlite import SqliteConnection
 from discovery.store.item_lines import encode_item
 from discovery.store.schema import COLUMNS
@@ -113,6 +123,25 @@ async def test_forgotten_data_and_its_bytes_are_removed_for_good(place: StorePla
         assert (await store.verify()).bad == []
     assert not remains(place, "secret-a-")
     assert remains(place, "secret-b-")
+
+
+async def test_a_request_stands_for_its_prompts(place: StorePlace) -> None:
+    """The proxy records each prompt of a request under a name of its own."""
+    async with Store.open(place, create=True) as store:
+        prompts = [prompt_name("a", index) for index in (0, 7, MAX_PROMPTS - 1)]
+        others = ["a-", "a-x", "a-01", prompt_name("a", MAX_PROMPTS), "a-0-0", "b-0"]
+        await put(store, *prompts, *others)
+        was = await store.episodes()
+        assert await store.forget(request="a") == ForgottenCounts(3, 3, 3, 9, 3)
+        late = episode(prompt_name("a", 1))
+        await store.add_all([*was, late, *map(recorded, prompts), feedback_on(late.id)])
+        assert sorted(one.id for one in await store.episodes()) == sorted(others)
+        assert await is_consistent(store)
+        assert await store.forget(request="b-0") == ALL  # one prompt alone
+        await store.add_all([episode("b-1")])
+        assert await store.episode("b-1") is not None
+    for name in (*prompts, late.id):
+        assert not remains(place, f"secret-{name}-text")
 
 
 async def test_an_earlier_episode_of_a_forgotten_tenant_is_not_added_later(place: StorePlace) -> None:
@@ -283,10 +312,10 @@ def test_the_forget_command_erases_one_request_tenant_or_anonymous_data(tmp_path
     asyncio.run(fill())
     for arguments, code, message in (
         (["--request-id", "a"], 0, "erased 1 episodes, 1 feedback entries, 1 recordings, 3 labels, and 1 questions"),
-        (["--request-id", "a"], 2, "s.db: nothing is recorded of a"),
-        (["--tenant", "nobody"], 2, "s.db: nothing is recorded of nobody"),
+        (["--request-id", "a"], 0, "s.db: forgotten before; nothing is left of a"),
+        (["--tenant", "nobody"], 2, "s.db: nothing is recorded of nobody; it is now noted as forgotten"),
         (["--anonymous"], 0, "erased 1 episodes"),
-        (["--anonymous"], 2, "s.db: nothing is recorded of requests without a key"),
+        (["--anonymous"], 0, "s.db: forgotten before; nothing is left of requests without a key"),
         (["--tenant", "A"], 0, "erased 1 episodes"),
         ([], 2, "give exactly one of --request-id ID, --tenant HASH and --anonymous"),
         (["--anonymous", "--tenant", "E"], 2, "exactly one of"),
@@ -314,13 +343,12 @@ def test_forgetting_covers_the_spill_file(tmp_path: Path, monkeypatch: pytest.Mo
         forget(tenant="A", place=path)
     assert holding(tmp_path, "secret-a-") == ["s.db.spill"]
     running.close()
-    with pytest.raises(
-        RecordingsNotFound, match="nothing is recorded of A"
-    ):  # the store's rows were erased by the first attempt
-        forget(tenant="A", place=path)
+    forget(tenant="A", place=path)  # the store's rows were erased by the first attempt
     assert holding(tmp_path, "secret-a-") == holding(tmp_path, "secret-d-") == []
     assert (holding(tmp_path, "secret-b-"), holding(tmp_path, "spill")) == (["s.db"], [])
     assert [one.name for one in tmp_path.iterdir()] == ["s.db"]
     spilled(episode("f", "F")).close()
     forget(tenant="F", place=path)  # only the spill file held it
+    with pytest.raises(RecordingsNotFound, match="nothing is recorded of G"):
+        forget(tenant="G", place=path)
     assert holding(tmp_path, "secret-f-") == []
