@@ -71,8 +71,9 @@ def check_extras(settings: Settings) -> None:
     """Raise SettingsError if shared limits or a database are set and their client is not installed."""
     if settings.limits and find_spec("redis") is None:
         raise SettingsError(f"limits: the package redis is not installed; {install_hint('redis')}")
-    if isinstance(settings.store, DatabaseUrl) and find_spec("asyncpg") is None:
-        raise SettingsError(f"store: the package asyncpg is not installed; {install_hint('postgres')}")
+    for name, place in (("store", settings.store), ("registry", settings.registry)):
+        if isinstance(place, DatabaseUrl) and find_spec("asyncpg") is None:
+            raise SettingsError(f"{name}: the package asyncpg is not installed; {install_hint('postgres')}")
 
 
 def check_store(settings: Settings) -> None:

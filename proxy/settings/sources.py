@@ -105,9 +105,9 @@ def inspect(
         embedded = {name: value for name, value in EMBEDDED.items() if sources[name] == DEFAULT}
         sources |= dict.fromkeys(embedded, EMBEDDED_DEFAULT)
         unset |= embedded
-    if not settings.record:
-        unset["store"] = None
     settings = settings.model_copy(update=unset)
+    if not settings.record:  # the registry stays where it is
+        settings = settings.model_copy(update={"registry": settings.registry_place, "store": None})
     for line in checks.find_problems(settings):
         name, _, problem = line.partition(": ")
         problems.append(f"{_place((name,), sources)}: {problem}")

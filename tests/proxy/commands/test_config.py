@@ -178,6 +178,8 @@ def test_clients_of_other_servers_must_be_installed(monkeypatch: pytest.MonkeyPa
         SettingsError, match=r"store: the package asyncpg is not installed; pip install '\.\[postgres\]'"
     ):
         load(**UP, store=parse_place("postgresql://me@host/db"))
+    with pytest.raises(SettingsError, match="registry: the package asyncpg is not installed"):
+        load(**UP, store=parse_place("postgresql://me@host/db"), record=False)
     with pytest.raises(SettingsError, match=r"limits: the package redis is not installed; pip install '\.\[redis\]'"):
         load(**UP, limits="redis://host")
 

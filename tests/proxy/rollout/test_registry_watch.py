@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -228,3 +229,14 @@ def test_a_folder_comes_before_the_database_of_the_store(tmp_path_factory: pytes
     assert settings(url, 1).registry_place == url
     assert settings(url, 1).model_copy(update={"registry": folder}).registry_place == folder
     assert load(upstream="http://127.0.0.1:1", store="autotts.db").registry_place is None
+
+
+def test_a_proxy_that_does_not_record_follows_the_registry_in_its_store() -> None:
+    url = "postgresql://nobody@127.0.0.1:1/none"
+    for store, registry, place in (
+        (url, None, DatabaseUrl(url)),
+        (url, "folder", Path("folder")),
+        ("s.db", None, None),
+    ):
+        made = load(upstream="http://127.0.0.1:1", store=store, registry=registry, record=False)
+        assert (made.store, made.registry_place) == (None, place)
