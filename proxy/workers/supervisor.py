@@ -96,18 +96,21 @@ class Supervisor:
                 worker.send_signal(signal.SIGTERM)
 
     async def _keep(self, place: WorkerPlace) -> None:
-        """Keep one worker running. Raises StartError if it ends before it has ever accepted connections."""
+        """Keep one worker running. Raises StartError if it fails before it has ever accepted connections."""
         pause_s = FIRST_PAUSE_S
         while not self._is_stopping:
             started = time.monotonic()
-            status = await self._run(place)
+            try:
+                problem, hint = f"ended with status {await self._run(place)}", "; the log above has the reason"
+            except OSError as error:  # the system lacks memory, processes or descriptors: the other workers go on
+                problem, hint = f"cannot be started: {error.strerror or error}", ""
             if self._is_stopping:
                 return
             if place.number not in self._up:
                 self._stop()
-                raise StartError(f"worker {place.number} ended with status {status}; the log above has the reason")
+                raise StartError(f"worker {place.number} {problem}{hint}")
             pause_s = min(2 * pause_s, MOST_PAUSE_S) if time.monotonic() - started < SOON_S else FIRST_PAUSE_S
-            logger.error("worker %d ended with status %d; it starts again in %g s", place.number, status, pause_s)
+            logger.error("worker %d %s; it starts again in %g s", place.number, problem, pause_s)
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await self._stopping.wait()
