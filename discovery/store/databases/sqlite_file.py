@@ -86,7 +86,7 @@ async def open_file(
         await _set(opened, f"busy_timeout = {wait_ms}")
         await _recognise(path, opened, create)
         await _refuse_newer(path, opened, newest)
-        for setting in ("secure_delete = ON", "synchronous = FULL", "foreign_keys = ON"):
+        for setting in ("secure_delete = ON", "synchronous = FULL", "foreign_keys = ON", "case_sensitive_like = ON"):
             await _set(opened, setting)
         await _write_ahead(opened, wait_ms)
         await opened.execute_fetchall("SELECT name FROM sqlite_master")  # opens the log

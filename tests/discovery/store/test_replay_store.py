@@ -550,3 +550,13 @@ async def test_a_read_cannot_change_the_store(place: StorePlace) -> None:
     async with Store.open(place, create=True) as store:
         with pytest.raises(StoreError, match=r"read-?only"):
             await store._read("DELETE FROM feedback")
+
+
+async def test_a_clients_request_id_is_found_in_its_own_case(place: StorePlace) -> None:
+    async with Store.open(place, create=True) as store:
+        for second, name in enumerate(("job-A", "job-a", "job_a")):
+            made = ServedEpisode(name, name, "m", "cmc", "d", 0.5, 3, 4, {"winner": 5}, "answered", "7", "q")
+            created = f"2026-12-01T00:00:0{second}.000000+00:00"
+            await store.add_all([replace(made, about={"client_request_id": name}, created=created)])
+        for name in ("job-A", "job-a", "job_a"):
+            assert [one.id for one in await store.latest(9, client_id=name)] == [name]
