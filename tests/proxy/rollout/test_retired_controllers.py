@@ -120,7 +120,8 @@ async def quarantined(inspected: Inspected) -> dict[str, float]:
 def holders(keys: set[str]) -> list[object]:
     """Return the dictionaries and sets of this process that have one of these keys or members."""
     gc.collect()
-    found = [each for each in gc.get_objects() if isinstance(each, dict | set | frozenset)]
+    # `isinstance` would ask proxies of other libraries for their class, and torch's warns
+    found: list[Any] = [each for each in gc.get_objects() if issubclass(type(each), dict | set | frozenset)]
     return [each for each in found if each is not keys and not keys.isdisjoint(each)]
 
 
