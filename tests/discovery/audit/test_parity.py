@@ -495,7 +495,7 @@ def test_labels_of_the_store_grade_questions_without_a_reference(tmp_path: Path,
     partly = replace(records, recordings={key: records.recordings[key] for key in list(records.recordings)[:12]})
     labels = [
         *(Label(one.question, LabelSource.CONSENSUS, "8", 0.9) for one in unknown),
-        *(Label(one.question, LabelSource.FEEDBACK, " 7.0 ", 1) for one in unknown[:13]),
+        *(Label(one.question, LabelSource.FEEDBACK, " 7.0 dollars ", 1) for one in unknown[:13]),
     ]
     report = check_parity(stored(tmp_path / "s.db", partly, labels))
     (group,) = report.groups

@@ -273,6 +273,16 @@ async def test_all_feedback_on_a_request_is_stored_in_order(backend: FakeVLLM, t
     ]
 
 
+@pytest.mark.parametrize("text", ["none", "hash"])
+async def test_feedback_with_a_unit_confirms_an_answer_without(backend: FakeVLLM, tmp_path: Path, text: str) -> None:
+    async with serving(backend, tmp_path / "s.db", store_text=text) as proxy:
+        _, _, body = await proxy.ask("0.5", tts={"answer": "boxed"})
+        feedback = {"id": body["id"], "answer": f"{body['tts']['answer']} dollars"}
+        status, _ = await call(proxy, "POST", "/v1/tts/feedback", body=feedback)
+        assert status in (200, 202)
+        assert await proxy.metric("autotts_feedback_total", kind="answer", content="true") == 1
+
+
 @pytest.mark.parametrize(
     ("feedback", "expected_text"),
     [
