@@ -47,7 +47,7 @@ from discovery.evaluation.evaluate import (
     read_scorable_cell,
 )
 from discovery.evaluation.replay_jobs import ReplayRules
-from discovery.evaluation.search_split import export_search_split, exported_questions
+from discovery.evaluation.search_split import export_search_split, exported_questions, recordings_digest
 from discovery.evaluation.sources import open_source, select_cells
 from discovery.promotion.searched_questions import with_searched
 from discovery.search.cascade import BASELINE, Cascade, CascadePlan
@@ -180,6 +180,7 @@ def discover(
         "seed": seed,
         "cells": [" ".join(cell) for cell in cells],
         "questions": questions,
+        "data": recordings_digest(cells),
         "answers": compared,
         "probe_tokens": probe_tokens,
         "signals": sorted(shown),

@@ -6,9 +6,10 @@ tokens, and questions by salted hashes.
 
 from __future__ import annotations
 
+import json
 import random
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -103,3 +104,16 @@ def _opaque(recorded: RecordedQuestion, interned: Recording, salt: str) -> Recor
         text=None,
         request=salted_id(recorded.request, salt) if recorded.request else "",
     )
+
+
+def recordings_digest(cells: Mapping[Cell, Sequence[Recording]]) -> str:
+    """Return a short hash of all that replay reads of recordings."""
+    hashed = sha256()
+    for cell, recordings in cells.items():
+        for one in recordings:
+            about = (cell, one.question, one.interval, one.reference, one.greedy_first, one.has_probes)
+            signals = (one.confidences, one.lowests, one.probe_confidences)
+            hashed.update(json.dumps(about).encode())
+            for array in (one.starts, one.probes, one.probe_tokens, one.tokens, one.finals, one.complete, *signals):
+                hashed.update(f"{array.size} ".encode() + array.tobytes())
+    return hashed.hexdigest()[:16]

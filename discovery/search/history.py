@@ -8,19 +8,25 @@ last line is dropped, because it was never acknowledged.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from errno import ENOENT
 from hashlib import sha256
 from os import strerror
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from discovery.data.hash_chained_log import ChainFormat, HashChainedLog
 from discovery.data.safe_json import parse_json
 from discovery.errors import DamagedLog, HistoryError
 
+log = logging.getLogger(__name__)
+
 ORIGIN: Final = "0" * 64
 """The `before` of the first event."""
+ADDED: Final = MappingProxyType({"data": "whether its recordings are the same is unknown"})
+"""Settings that earlier releases did not record, and what is unknown without them."""
 
 
 class Event(NamedTuple):
@@ -55,7 +61,10 @@ class History:
 
     @classmethod
     def resume(cls, path: Path, settings: Mapping[str, Any]) -> History:
-        """Continue a recorded run, which must have begun with the same settings. Raises HistoryError."""
+        """Continue a recorded run, which must have begun with the same settings. Raises HistoryError.
+
+        Runs of earlier releases did not record `ADDED`; it is not compared then, and a warning says so.
+        """
         if not path.exists():
             raise HistoryError(
                 f"{path}: no run is recorded there, perhaps because it was stopped before it began; begin it without "
@@ -63,9 +72,14 @@ class History:
             )
         begun = cls.read(path).events[:1]
         recorded, current = begun[0].body if begun else _as_json(settings), _as_json(settings)
-        for name in sorted({*recorded, *current}):
+        missing = {name for name in ADDED if name in current and name not in recorded}
+        for name in sorted({*recorded, *current} - missing):
             if recorded.get(name) != current.get(name):
                 raise HistoryError(f"{path}: the run began with {name} = {recorded.get(name)}, not {current.get(name)}")
+        for name in missing:
+            log.warning(
+                "%s: the run was begun by an earlier release, which did not record %s: %s", path, name, ADDED[name]
+            )
         history = cls.read(path, mend=True)  # only now: a refused resume must change nothing
         return history if begun else cls.begin(path, settings)
 

@@ -205,6 +205,19 @@ def test_resuming_with_other_settings_is_refused_with_the_setting_named(
         History.resume(path, fewer)
 
 
+def test_a_run_on_other_recordings_is_refused_unless_an_earlier_release_began_it(
+    path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorded(path)
+    assert len(History.resume(path, SETTINGS | {"data": "5ca1ab1e"}).events) == 4
+    (line,) = caplog.messages
+    assert line.endswith("did not record data: whether its recordings are the same is unknown")
+    other = tmp_path / "other.jsonl"
+    History.begin(other, SETTINGS | {"data": "5ca1ab1e"})
+    with pytest.raises(HistoryError, match="the run began with data = 5ca1ab1e, not 0ddba11"):
+        History.resume(other, SETTINGS | {"data": "0ddba11"})
+
+
 def test_settings_are_compared_after_a_round_trip_through_json(path: Path) -> None:
     recorded(path)
     assert History.resume(path, SETTINGS | {"betas": (0.0, 0.5, 1.0)}).head == History.read(path).head

@@ -853,6 +853,15 @@ def test_the_discover_command_resumes_a_cut_run_only_with_the_same_settings(
     refused = "the run began with signals = ['intervals', 'probes'], not []"
     check_refused(tmp_path, refused, *asked, "--signals", "none", "--resume")
     check_refused(tmp_path, "--signals: ", *asked, "--signals", "sight", "--resume")
+    first, *others = PLANTED
+    grown = (replace(first, branches=[*first.branches, first.branches[0]]), *others)
+    (tmp_path / "grown.jsonl").write_text("".join(map(format_recording_line, grown)))
+    check_refused(
+        tmp_path,
+        "the run began with data = ",
+        *("grown.jsonl" if one == str(lines) else one for one in asked),
+        "--resume",
+    )
     done = autotts(*asked, "--resume", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / RECORD).read_bytes() == complete
