@@ -110,10 +110,25 @@ def recordings_digest(cells: Mapping[Cell, Sequence[Recording]]) -> str:
     """Return a short hash of all that replay reads of recordings."""
     hashed = sha256()
     for cell, recordings in cells.items():
-        for one in recordings:
-            about = (cell, one.question, one.interval, one.reference, one.greedy_first, one.has_probes)
-            signals = (one.confidences, one.lowests, one.probe_confidences)
+        for recording in recordings:
+            about = (
+                cell,
+                recording.question,
+                recording.interval,
+                recording.reference,
+                recording.greedy_first,
+                recording.has_probes,
+            )
+            signals = (recording.confidences, recording.lowests, recording.probe_confidences)
             hashed.update(json.dumps(about).encode())
-            for array in (one.starts, one.probes, one.probe_tokens, one.tokens, one.finals, one.complete, *signals):
+            for array in (
+                recording.starts,
+                recording.probes,
+                recording.probe_tokens,
+                recording.tokens,
+                recording.finals,
+                recording.complete,
+                *signals,
+            ):
                 hashed.update(f"{array.size} ".encode() + array.tobytes())
     return hashed.hexdigest()[:16]
