@@ -116,8 +116,9 @@ class Labels:
 
 
 def _readable(written: str, form: CanonicalForm) -> str:
-    """Return the first spelling of an answer that `canonical` reads as `form`, else as equal to it but for name and
-    unit; `written` if there is none.
+    """Return a spelling of an answer that `canonical` reads as `form`, or `written` if there is none.
+
+    Better than none is a spelling that only lacks the name and the unit of `form`.
     """
     if len(written) > LONGEST:
         return written

@@ -105,8 +105,8 @@ _NO_UNITS: Final = frozenset(
     ]
 )
 _CASED = re.compile(r"[Mm](?:W|Wh|J|V|A|Ah|eV|Pa|N|T|S|C|F|H|K|Hz|g|m|s|mol|b|bps)|[KGTP]b(?:ps)?")
-"""Symbols that are other units in other capitals: `meV` and `MeV`, `Mb` and `MB`. In capitals only, they are any word:
-`MW` is `mw`, but not `mW`.
+"""Symbols of units that only capitals tell apart, such as `meV` and `MeV`. Words in one case are compared without case,
+as others are: `MW` equals `mw`, but neither equals `mW`.
 """
 _OPERAND = re.compile(r"(?<!/)(?<!per)\s+[ijknpqrtxyz](?![a-zA-Z])")
 """A variable after a word: `5 pick k` is an operation, not a quantity with a unit."""

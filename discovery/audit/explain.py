@@ -164,7 +164,7 @@ def display_answer(answer: str) -> str:
     if not is_redacted(answer):
         return answer
     text, _, unit = answer.removeprefix(MARK).partition(":")
-    return f"#{text[:SHOWN]}{':' * bool(unit)}{unit[:SHOWN_OF_UNIT]}"
+    return f"#{text[:SHOWN]}:{unit[:SHOWN_OF_UNIT]}" if unit else f"#{text[:SHOWN]}"
 
 
 def label_names(answers: Sequence[str]) -> LabelName:

@@ -172,7 +172,7 @@ def _check_names(specs: Sequence[Spec]) -> None:
     """Raise BadController for two controllers of one name, by which figures, plots and traces are kept."""
     names = [spec.name for spec in specs]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise BadController(f"--controllers: two files are named {twice}.py; rename one, because figures are by name")
+        raise BadController(f"--controllers: two are named {twice}; rename a file, because figures are kept by name")
 
 
 def _sealing(specs: Sequence[Spec], all_sandboxed: bool, none_sandboxed: bool) -> Sealing:

@@ -260,6 +260,11 @@ class Recording:
     probe_confidences: NDArray[np.int16] = field(default_factory=_no_signals)  # (sum of probes,)
     has_probes: bool = True  # otherwise branches are whole replies, whose probes stand for intervals only
 
+    def are_right(self, answers: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Return which of some answers are right. None is where no branch ever gave the reference answer."""
+        right: NDArray[np.bool_] = (answers == self.reference) & (answers != NO_ANSWER)
+        return right
+
     @cached_property
     def rows(self) -> list[BranchRow]:
         """The branches as plain ints."""

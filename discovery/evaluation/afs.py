@@ -80,9 +80,7 @@ def chain_anchor(recordings: Sequence[Recording]) -> Anchor:
 
 def chain_accuracy(recording: Recording) -> float:
     """Return the share of a question's chains that end in its reference answer."""
-    if recording.reference < 0:
-        return 0.0
-    return float((recording.finals == recording.reference).mean())
+    return float(recording.are_right(recording.finals).mean())
 
 
 def curves(scores: Sequence[Score], anchors: Mapping[Cell, Anchor]) -> list[Curve]:

@@ -110,25 +110,11 @@ def recordings_digest(cells: Mapping[Cell, Sequence[Recording]]) -> str:
     """Return a short hash of all that replay reads of recordings."""
     hashed = sha256()
     for cell, recordings in cells.items():
-        for recording in recordings:
-            about = (
-                cell,
-                recording.question,
-                recording.interval,
-                recording.reference,
-                recording.greedy_first,
-                recording.has_probes,
-            )
-            signals = (recording.confidences, recording.lowests, recording.probe_confidences)
+        for item in recordings:
+            about = (cell, item.question, item.interval, item.reference, item.greedy_first, item.has_probes)
+            branches = (item.starts, item.probes, item.probe_tokens, item.tokens, item.finals, item.complete)
+            signals = (item.confidences, item.lowests, item.probe_confidences)
             hashed.update(json.dumps(about).encode())
-            for array in (
-                recording.starts,
-                recording.probes,
-                recording.probe_tokens,
-                recording.tokens,
-                recording.finals,
-                recording.complete,
-                *signals,
-            ):
+            for array in (*branches, *signals):
                 hashed.update(f"{array.size} ".encode() + array.tobytes())
     return hashed.hexdigest()[:16]

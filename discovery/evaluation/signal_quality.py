@@ -121,7 +121,7 @@ def measure_signals(
 
     `orders` is the number of branch orders over which votes are averaged.
     """
-    right = [_are_right(recording.finals, recording) for recording in recordings]
+    right = [recording.are_right(recording.finals) for recording in recordings]
     by_chain = {name: list(_aurocs(recorded, right, feature)) for name, feature in FEATURES.items()}
     by_chain[AGREEMENT] = [
         area for recording, of in zip(recordings, right, strict=True) if (area := auroc(_agreement(recording), of)) >= 0
@@ -152,12 +152,6 @@ def auroc(values: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
     return float(50 * (1 + differences.mean()))
 
 
-def _are_right(answers: NDArray[np.int32], recording: Recording) -> NDArray[np.bool_]:
-    """Return which answers are right. Unreadable ones never are, also where no branch gave the reference answer."""
-    right: NDArray[np.bool_] = (answers == recording.reference) & (answers != NO_ANSWER)
-    return right
-
-
 def _aurocs(
     recorded: Sequence[RecordedQuestion], right: Sequence[NDArray[np.bool_]], feature: Feature
 ) -> Iterator[float]:
@@ -186,7 +180,7 @@ def _probes(recorded: Sequence[RecordedQuestion], recordings: Sequence[Recording
         probed = [index for index, place in enumerate(places) if place >= 0]
         if not probed:
             continue
-        right = _are_right(recording.probes[[recording.starts[i] + places[i] for i in probed]], recording)
+        right = recording.are_right(recording.probes[[recording.starts[i] + places[i] for i in probed]])
         rights.append(right.mean())
         confidences = [
             question.branches[i].probe_confidences[places[i]] if question.branches[i].probe_confidences else None

@@ -235,7 +235,7 @@ class _Look:
                 item
                 for other in others
                 if other in available and other.split is not Split.HELD_OUT
-                for item in _scorable_or_none(self._source, other)
+                for item in _scorable_if_any(self._source, other)
                 if len(item.branches) >= branches and item.question[:16] not in self._branches_by_id
             ]
             items.sort(key=lambda item: item.question)
@@ -306,7 +306,7 @@ class _Look:
         return report
 
 
-def _scorable_or_none(source: RecordingSource, cell: Cell) -> list[RecordedQuestion]:
+def _scorable_if_any(source: RecordingSource, cell: Cell) -> list[RecordedQuestion]:
     """Return the scorable recordings of a cell of another split; empty if nothing of it can be scored."""
     try:
         return scorable_recordings(source, cell)

@@ -175,7 +175,7 @@ def _replay(path: Path, trace: Trace, at: int, episode: TracedEpisode, recording
         pruned=len(pruned),
         running=len(state.active),
         chains=recording.branches,
-        chains_right=int((recording.finals == recording.reference).sum()) if recording.reference >= 0 else 0,
+        chains_right=int(recording.are_right(recording.finals).sum()),
     )
 
 

@@ -66,7 +66,7 @@ class ReplyBranch:
     def is_complete(self) -> bool:
         """Whether the reply has ended by itself, and its end is revealed."""
         stream = self.stream
-        return self.finish is not None and stream.done() and not stream.cancelled() and stream.exception() is None
+        return self.finish is not None and stream.done() and not stream.cancelled() and not self._has_failed
 
     @property
     def _has_failed(self) -> bool:

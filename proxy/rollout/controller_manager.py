@@ -359,10 +359,10 @@ class ControllerManager:
         """
         installed = [spec for spec in _staged(now) if spec.is_foreign or spec.digest in now.installed]
         failed = {controller_label(spec.name) for spec in installed if spec.digest in self.quarantined}
-        come = {controller_label(spec.name) for spec in set(installed) - _staged(before)} - failed
+        arrived = {controller_label(spec.name) for spec in set(installed) - _staged(before)} - failed
         reported = self._quarantined_labels
         self._quarantined_labels = {
-            digest: label for digest, label in reported.items() if digest in self.quarantined and label not in come
+            digest: label for digest, label in reported.items() if digest in self.quarantined and label not in arrived
         }
         failed.update(self._quarantined_labels.values())
         for label in {controller_label(spec.name) for spec in installed}.union(reported.values()):

@@ -19,12 +19,7 @@ UNPROCESSED_STATUSES: Final = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAI
 """Statuses that say the upstream did not process the request."""
 UNSENT_ERRORS: Final = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 """Errors of a request for which there was no connection."""
-NO_RESPONSE_ERRORS: Final = (
-    aiohttp.ClientConnectorError,
-    aiohttp.ClientOSError,
-    aiohttp.ServerDisconnectedError,
-    aiohttp.ConnectionTimeoutError,
-)
+NO_RESPONSE_ERRORS: Final = (*UNSENT_ERRORS, aiohttp.ClientOSError, aiohttp.ServerDisconnectedError)
 """Errors that aiohttp raises when a request got no response."""
 RETRY_SHARE: Final = 0.2
 """Maximum retries as a share of all requests."""

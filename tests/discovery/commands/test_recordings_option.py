@@ -1,4 +1,4 @@
-"""What commands say that `--recordings` takes."""
+"""Help of the option `--recordings`, in all commands that have it."""
 
 from __future__ import annotations
 

@@ -797,7 +797,9 @@ def test_two_files_of_one_name_are_refused_and_one_named_twice_counts_once(tmp_p
     named = f"cmc,{tmp_path}/v1/mine.py,{tmp_path}/v2/mine.py"
     done = CliRunner().invoke(app, ["evaluate", "--recordings", str(tmp_path), "--controllers", named])
     assert done.exit_code == 2
-    assert "--controllers: two files are named mine.py; rename one" in " ".join(done.output.split())
+    assert "--controllers: two are named mine; rename a file, because figures are kept by name" in " ".join(
+        done.output.split()
+    )
     done = CliRunner().invoke(app, ["evaluate", "--recordings", str(tmp_path / "none"), "--controllers", "cmc,cmc"])
     assert "no such file or folder" in done.output
 

@@ -137,14 +137,18 @@ def test_a_question_with_missing_branches_waits(tmp_path: Path) -> None:
     assert shorten_id(last.question) in sequence(second).gains
 
 
+def judged_at_once(recordings: Sequence[RecordedQuestion], ledger: Path) -> GateReport:
+    """Return another finalist's judgement for a fixed number of questions."""
+    source, engine = Given(*recordings), make_engine(EngineName.LOCAL)
+    asked = Comparison(Spec("asc@4"), VOTES, engine, ReplayRules(16), BETAS, 1, "now", "me")
+    return run_gate(source, source.cells(), asked, ledger)
+
+
 def test_questions_of_another_judgement_at_the_same_level_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "ledger"
     first, other = recorded(14), recorded(6, start=100)
     assert look(first, path).k == 1
-    source = Given(*other)
-    engine = make_engine(EngineName.LOCAL)
-    comparison = Comparison(Spec("asc@4"), VOTES, engine, ReplayRules(16), BETAS, 1, "now", "me")
-    assert run_gate(source, source.cells(), comparison, path).k == 1
+    assert judged_at_once(other, path).k == 1
     report = look([*first, *other, *recorded(4, start=200)], path)
     assert (report.questions, sequence(report).excluded) == (8, 6)
 
@@ -176,10 +180,7 @@ def test_questions_that_another_judgement_took_at_the_level_meanwhile_are_left_o
     path = tmp_path / "ledger"
     first, other = recorded(14), recorded(6, start=100)
     assert look(first, path).k == 1
-    source = Given(*other)
-    engine = make_engine(EngineName.LOCAL)
-    gate = Comparison(Spec("asc@4"), VOTES, engine, ReplayRules(16), BETAS, 1, "now", "me")
-    meanwhile(monkeypatch, lambda: run_gate(source, source.cells(), gate, path))
+    meanwhile(monkeypatch, lambda: judged_at_once(other, path))
     report = look([*first, *other, *recorded(4, start=200)], path)
     assert (report.questions, sequence(report).excluded) == (8, 6)
     assert [line.k for line in Ledger(path).judgements()] == [1, 1, 1]
