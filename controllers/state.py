@@ -281,27 +281,34 @@ class State:
             for action, fact in zip(asking, facts):  # noqa: B905  # of equal lengths, and compiled only without `strict`
                 verb, index = action.verb, action.branch
                 if verb is advances:
-                    if type(fact) is not Advanced or fact.branch != index:
-                        raise _bad(action, fact)
-                    if fact.finished:
-                        self._finish(fact)
-                    branch, tokens = branches[index], fact.tokens
-                    if fact.confidence is not None:
-                        branch.add_signals(fact)
+                    branch = branches[index]
+                    if fact is not branch.known_step:
+                        if type(fact) is not Advanced or fact.branch != index:
+                            raise _bad(action, fact)
+                        if fact.finished:
+                            self._finish(fact)
+                        elif fact.confidence is None:
+                            branch.known_step = fact
+                        if fact.confidence is not None:
+                            branch.add_signals(fact)
+                    tokens = fact.tokens
                     branch.intervals += fact.intervals
                     branch.tokens += tokens
                     spent += tokens
                 elif verb is probes:
-                    if type(fact) is not Probed or fact.branch != index:
-                        raise _bad(action, fact)
-                    label, tokens = fact.label, fact.tokens
-                    if label is not None and label >= self.labels:
-                        self._reveal(fact, label)
                     branch = branches[index]
-                    branch.label = label
+                    if fact is not branch.known_probe:
+                        if type(fact) is not Probed or fact.branch != index:
+                            raise _bad(action, fact)
+                        label = fact.label
+                        if label is not None and label >= self.labels:
+                            self._reveal(fact, label)
+                        if not branch.finished:  # a finished one shows its answer without being asked
+                            branch.probe_confidence = fact.confidence
+                            branch.label = label
+                            branch.known_probe = fact
                     branch.probed = branch.intervals
-                    if not branch.finished:  # a finished one shows its answer without being asked
-                        branch.probe_confidence = fact.confidence
+                    tokens = fact.tokens
                     if tokens:
                         branch.probe_tokens += tokens
                         spent += tokens

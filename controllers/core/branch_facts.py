@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from controllers.core.action_types import Advanced
+from controllers.core.action_types import Advanced, Probed
 from controllers.signals import LOG_CONFIDENCE, confidence_of
 
 _FIELDS: Final = (
@@ -20,9 +20,13 @@ _FIELDS: Final = (
 class Branch:
     """The known facts of one branch."""
 
-    __slots__ = _FIELDS
+    __slots__ = (*_FIELDS, "known_probe", "known_step")
 
     def __init__(self) -> None:
+        # The latest facts that `State` has checked. Environments often reply with the same object again, which needs no
+        # second check. Copies of a branch start without them.
+        self.known_step: Advanced | None = None  # an advance that did not finish the branch and has no signals
+        self.known_probe: Probed | None = None
         self.intervals = 0  # intervals run
         self.tokens = 0  # tokens generated, probes not counted
         self.probe_tokens = 0  # tokens its probes cost

@@ -107,7 +107,9 @@ class ReplayEnvironment:
                     except IndexError:
                         facts.append(self._step(index, intervals))
             elif verb is asks:
-                rest, repeated = left[index], repeated or charged
+                rest = left[index]
+                if charged:
+                    repeated = True
                 if has_costs or (rest < 0 and charged):
                     facts.append(self._probe(index))
                     continue

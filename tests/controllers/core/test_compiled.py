@@ -21,7 +21,7 @@ from controllers.core.compiled import MANIFEST, MODULES, PURE, ROOT, SUFFIX, USE
 SUITES = (
     *("test_state.py", "test_state_machine.py", "test_episode.py", "test_baselines.py", "test_signals.py"),
     *("../contract", "../discovery/evaluation/test_replay.py", "../discovery/evaluation/test_replay_signals.py"),
-    "../discovery/evaluation/test_traced_rounds.py",
+    *("../discovery/evaluation/test_traced_rounds.py", "test_repeated_facts.py"),
 )
 """Tests of `tests/controllers` that run with the compiled core as well. `.ci/run` runs more of them with it."""
 
