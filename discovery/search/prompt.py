@@ -116,7 +116,7 @@ without them; never fail. Longer chains have lower log-probabilities, so compare
 Helpers:
 - `tally(labels)`: counts by label, without None; `plurality(votes)`: the leading label; `top_two(votes)`: the two
   highest counts; `confidence(first, second)`: from two whole counts (round weighted ones), the probability from 0 to 1
-  that the leader is right
+  that the model gives the leader more often than the second (not that it is right)
 - `softmax(scores, scale)`: weights exp(score / scale), where a score may be None; `weighted_votes(labels, weights)`:
   weighted counts by label, scaled so that they tell as much as that many equal votes
 - `bayes_factor(counts)`, `is_certified(votes, error)`: tests that the leader is the model's most frequent answer;

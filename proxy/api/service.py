@@ -62,7 +62,9 @@ class Service:
         self.controllers = ControllerManager(settings, self.metrics, calibrations)
         self.drift = TemplateDrift(engine, settings, self.metrics)
         self.guard = PageGuard(settings)
-        self.bodies = BodyReader(settings.max_body_bytes, settings.max_bodies_bytes)
+        self.bodies = BodyReader(
+            settings.max_body_bytes, settings.max_bodies_bytes, self.metrics.refusals.labels("bodies_full").inc
+        )
         self.limits = create_limits(settings, self.metrics)
         self.request_slots = RequestSlots(settings, self.metrics, self.limits)
         self.episode_log = EpisodeLog(engine, settings, self.metrics, self.request_slots, self.drift)

@@ -47,10 +47,11 @@ class BodyReader:
     one client cannot lock others out.
     """
 
-    def __init__(self, most: int, most_together: int) -> None:
+    def __init__(self, most: int, most_together: int, on_refusal: Callable[[], object]) -> None:
         self.held = 0  # bytes of bodies that are not small
         self._most = most
         self._most_together = most_together
+        self._on_refusal = on_refusal  # called for each body that finds no memory
         self._by_holder: Counter[str] = Counter()
 
     async def read(self, request: Request) -> bytes:
@@ -103,6 +104,7 @@ class BodyReader:
             own = self._by_holder[caller.holder]
             is_over = own > taken and own + more > share
             if is_over or (self.held > taken and self.held + more > self._most_together):
+                self._on_refusal()
                 raise TooMany("too many large request bodies are in memory; retry later", after="1", code="bodies_full")
             if not taken:
                 stack.callback(release)

@@ -40,7 +40,7 @@ class Metrics:
         Counter,
         "autotts_requests",
         "Requests by outcome: answered, passed_through, failed, disconnected, draining (cut by a shutdown), denied "
-        "(401, 403), refused (other 4xx). 429 counts in autotts_refusals_total only.",
+        "(401, 403), refused (other 4xx). 429, and 503 without shared limits, count in autotts_refusals_total only.",
         ("model", "controller", "outcome"),
     )
     tokens = MetricRow(

@@ -79,7 +79,7 @@ def _show(measured: dict[Cell, SignalQuality]) -> None:
             table.add_row(f"{probe.share:.0%}", f"{probe.accuracy:.1f}", *auroc)
         console.print(table)
         table = Table(title="accuracy of votes, %", title_justify="left")
-        for heading in ("chains", "plain", "gain by confidence", "95 % interval"):
+        for heading in ("chains", "plain", "gain by log-probability", "95 % interval"):
             table.add_column(heading, justify="right")
         for vote in quality.votes:
             gain = ("unknown", "") if vote.weighted is None else _row(vote.weighted, "+.1f")

@@ -173,7 +173,8 @@ class Sending:
 
 
 async def test_large_bodies_share_a_memory_limit_and_small_ones_are_exempt() -> None:
-    reader = request_body.BodyReader(2**20, 4 * LARGE)
+    refusals: list[None] = []
+    reader = request_body.BodyReader(2**20, 4 * LARGE, lambda: refusals.append(None))
 
     async def begin(key: str, size: int) -> tuple[Sending, asyncio.Task[bytes]]:
         sending = Sending(key, size)
@@ -207,10 +208,11 @@ async def test_large_bodies_share_a_memory_limit_and_small_ones_are_exempt() -> 
         sending.held.close()
     assert reader.held == 0
     assert not reader._by_holder
+    assert len(refusals) == 3
 
 
 async def test_a_single_body_is_read_even_over_the_shared_limit() -> None:
-    reader = request_body.BodyReader(2**20, LARGE)
+    reader = request_body.BodyReader(2**20, LARGE, pytest.fail)
     for _ in range(2):
         sending = Sending("a", LARGE)
         sending.go.set()
