@@ -22,7 +22,7 @@ NOT_RUN: Final = {
     "python -m tests.bench.request_profile forwarded": "tests/test_bench.py runs it",
     "python -m tests.bench.request_profile controlled": "tests/test_bench.py runs it",
     "make loop": "takes half an hour; tests/proxy/commands/loop has a small one",
-    'make loop ARGS="--seed 1 --search 150 --held-out 300 --branches 32 --minutes 5 --requests 100"': (
+    'make loop ARGS="--folder loop1 --seed 1 --search 150 --held-out 300 --branches 32 --minutes 5 --requests 100"': (
         "takes an hour; see `make loop`"
     ),
     'make loop ARGS="--folder loop2 --seed 2 --search 120 --held-out 240 --branches 32 --minutes 4 --requests 100"': (
@@ -109,11 +109,13 @@ NOT_RUN: Final = {
         "needs the public recordings"
     ),
     "autotts discover --recordings ../shared/replay/autotts --explorer grammar --minutes 20 --probe-tokens 20 "
-    "--benchmarks aime24 --workers 1 --seed 1": "searches for twenty minutes on the public recordings",
+    "--benchmarks aime24 --workers 1 --seed 1 --out search2": "searches for twenty minutes on the public recordings",
     "autotts discover --recordings ../shared/replay/autotts --explorer grammar --minutes 20 --probe-tokens 20 "
-    "--no-kernel --harm 0 --seed 1": "needs the public recordings and 20 minutes",
+    "--no-kernel --harm 0 --seed 1 --out search1": "needs the public recordings and 20 minutes",
     "autotts gate controllers/discovered/lockstep_lead.py --champion cmc --recordings ../shared/replay/autotts "
     "--shuffles 10 --ledger gate.jsonl": "needs the public recordings",
+    "autotts evaluate --recordings ../shared/replay/autotts --controllers sc,asc,asc@40,esc,parallel_probe,cmc "
+    "--betas 0.5,1": "needs the public recordings; tests/discovery/evaluation/test_published.py checks the figures",
     "autotts discover --recordings autotts.db --explorer llm --llm llm.json --rounds 20 --budget-usd 5 --out run-llm": (
         "needs a key; tests/discovery/search/test_explorers.py runs it against a fake endpoint"
     ),
