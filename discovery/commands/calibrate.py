@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -64,6 +65,9 @@ from discovery.promotion.controller_choice import (
 )
 from discovery.promotion.registry import ChangeCause, Registry
 from discovery.promotion.requirements import check_installed
+from discovery.promotion.storage.cards import built_in_problem
+
+log = logging.getLogger(__name__)
 
 
 def calibrate_command(
@@ -165,20 +169,30 @@ def calibrate_command(
 def _find(text: str, registry: Registry | None) -> Spec:
     """Return the controller of a name, a file, or the name or digest prefix of one that the registry has installed."""
     if registry is not None and not text.endswith(".py"):
-        digests = [digest for digest, card in registry.cards().items() if text in (card["name"], digest[:12])]
+        cards = registry.cards()
+        digests = [digest for digest, card in cards.readable.items() if text in (card["name"], digest[:12])]
+        digests += [digest for digest in cards.damaged if text == digest[:12]]
         if len(digests) > 1:
             listed = ", ".join(digest[:12] for digest in digests)
             raise PromotionError(f"several installed controllers are named {text}; give one of {listed} instead")
         if digests:
             return registry.spec(digests[0])
+        for problem in cards.damaged.values() if built_in_problem(text) else ():
+            log.warning("an installed controller that may be named %s is left out: %s", text, problem)
     return parse_spec(text)
+
+
+def _name(registry: Registry, digest: str) -> str:
+    """Return the name of an installed controller; the beginning of its digest if its card cannot be used."""
+    card = registry.cards([digest]).readable.get(digest)
+    return digest[:12] if card is None else str(card["name"])
 
 
 def _check_default(registry: Registry, default: Spec) -> None:
     """Raise PromotionError if the choice would be compared with another controller than the registry's default."""
     champion = registry.read().default.champion
     if champion not in (None, default.digest):
-        name = registry.card(champion)["name"]
+        name = _name(registry, champion)
         raise PromotionError(
             f"the default's champion in {registry.place} is {name} ({champion[:12]}), but --controllers begins with "
             f"{default.name}; name {champion[:12]} first"
@@ -244,7 +258,7 @@ def install_choices(registry: Registry, calibrations: Calibrations, specs: Seque
         if choice.digest == champion:
             lines.append(f"model {model}: {choice.controller} is its champion already")
         elif model not in moves:
-            kept = "" if champion is None else f"; it keeps its champion {registry.card(champion)['name']}"
+            kept = "" if champion is None else f"; it keeps its champion {_name(registry, champion)}"
             lines.append(f"model {model}: no controller is surely better than {choice.default}{kept}")
         else:
             why = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -24,9 +24,10 @@ from discovery.commands.options import AnyPlace, AsJson, LedgerPlace, RegistryPl
 from discovery.data.safe_json import parse_json
 from discovery.errors import PromotionError, RegistryAway
 from discovery.promotion.gate import GateJob
-from discovery.promotion.registry import Card, ChangeCause, Registry, built_in_problem
+from discovery.promotion.registry import ChangeCause, Registry
 from discovery.promotion.requirements import check_installed, check_models, check_report, judged_models
 from discovery.promotion.searched_questions import SEARCHED
+from discovery.promotion.storage.cards import Card, InstalledCards, built_in_problem
 from discovery.store import StorePlace, parse_place
 from discovery.store.records import utc_now
 
@@ -36,6 +37,8 @@ CONTROLLER_VARIABLE: Final = "AUTOTTS_CONTROLLER"
 """Variable of the proxy's setting that names the controller that serves without a champion."""
 TAIL: Final = 10
 """Lines of the audit log that are shown."""
+DAMAGED: Final = 1
+"""Exit status of `autotts controllers` if it cannot use a card. Everything else is listed nevertheless."""
 
 Why = Annotated[str, typer.Option(help="reason for the audit log")]
 ForModel = Annotated[
@@ -134,19 +137,29 @@ def controllers(registry: RegistryPlace = None, as_json: AsJson = False) -> None
     """List the installed controllers by model and stage, their cards, and the latest changes."""
     place = registry_place(registry)
     with Registry(place).session() as opened:
-        installed, audit, every = opened.read(), opened.audit()[-TAIL:], opened.cards()
-        cards = {digest: every.get(digest) or opened.card(digest) for digest in _known(installed, every)}
+        installed, audit = opened.read(), opened.audit()[-TAIL:]
+        cards = opened.cards(known_digests(installed, opened.digests()))
     if as_json:
         serving = {model: installed.of_model(model).as_json() for model in sorted(installed.models)}
-        figures = {**installed.as_json(), "serving": serving, "cards": cards, "audit": audit}
+        figures = {
+            **installed.as_json(),
+            "serving": serving,
+            "cards": cards.readable,
+            "damaged": cards.damaged,
+            "audit": audit,
+        }
         sys.stdout.write(json.dumps(figures, indent=2) + "\n")
-        return
-    console = wide_console()
-    console.print(_stages(place, installed, cards))
-    if isinstance(place, Path) and not place.exists():
-        console.print(f"{place} does not exist yet; the first promotion makes it", highlight=False, markup=False)
-    if audit:
-        console.print(_changes(audit))
+    else:
+        console = wide_console()
+        console.print(_stages(place, installed, cards))
+        if isinstance(place, Path) and not place.exists():
+            console.print(f"{place} does not exist yet; the first promotion makes it", highlight=False, markup=False)
+        if audit:
+            console.print(_changes(audit))
+    for digest, problem in cards.damaged.items():
+        print_warning(f"the card of {digest[:12]} cannot be used: {problem}")
+    if cards.damaged:
+        raise typer.Exit(DAMAGED)
 
 
 def promote_known(
@@ -330,18 +343,22 @@ def _of(model: str | None) -> str:
 
 
 def _name(registry: Registry, digest: str) -> str:
-    return f"{registry.card(digest)['name']} ({digest[:12]})"
+    """Return the name and digest of a controller; only the digest if its card cannot be used."""
+    try:
+        return f"{registry.card(digest)['name']} ({digest[:12]})"
+    except PromotionError:  # the change is made, and its message must say so
+        return digest[:12]
 
 
-def _known(installed: RolloutState, cards: Mapping[str, Card]) -> list[str]:
-    """Return the digests of all installed controllers, by model, stage and history."""
+def known_digests(installed: RolloutState, digests: Iterable[str]) -> list[str]:
+    """Return the digests of the controllers at a stage or in the history, by model, and then those of `digests`."""
     every = (installed.default, *installed.models.values())
     staged = [digest for holders in every for digest in reversed(holders.stages.values())]
     history = [digest for holders in every for digest in reversed(holders.previous)]
-    return [digest for digest in dict.fromkeys((*staged, *history, *cards)) if digest is not None]
+    return [digest for digest in dict.fromkeys((*staged, *history, *digests)) if digest is not None]
 
 
-def _stages(place: StorePlace, installed: RolloutState, cards: dict[str, Card]) -> Table:
+def _stages(place: StorePlace, installed: RolloutState, cards: InstalledCards) -> Table:
     table = Table(title=f"{place}, version {installed.version}", title_justify="left")
     for heading in ("model", "stage", "controller", "digest", "forced", "headline"):
         table.add_column(heading)
@@ -353,17 +370,19 @@ def _stages(place: StorePlace, installed: RolloutState, cards: dict[str, Card]) 
             if digest is not None:
                 share = f" ({holders.share:.0%})" if stage is RolloutStage.CANARY else ""
                 table.add_row(escape(model or "default"), *_row(f"{stage}{share}", digest, installed, cards))
-    for digest in cards:
+    for digest in (*cards.readable, *cards.damaged):
         if digest not in installed.staged:
             table.add_row("", *_row("none", digest, installed, cards))
     return table
 
 
-def _row(stage: str, digest: str, installed: RolloutState, cards: dict[str, Card]) -> tuple[str, ...]:
-    card = cards[digest]
-    forced = "[red]yes[/red]" if card.get("forced") else ""
+def _row(stage: str, digest: str, installed: RolloutState, cards: InstalledCards) -> tuple[str, ...]:
     stage += ", quarantined" if digest in installed.quarantined else ""
-    return stage, card["name"], digest[:12], forced, str(card.get("headline", ""))
+    card = cards.readable.get(digest)
+    if card is None:
+        return stage, "[red]damaged card[/red]", digest[:12], "", ""
+    forced = "[red]yes[/red]" if card.get("forced") else ""
+    return stage, escape(card["name"]), digest[:12], forced, escape(str(card.get("headline", "")))
 
 
 def _changes(audit: list[Any]) -> Table:
@@ -374,5 +393,6 @@ def _changes(audit: list[Any]) -> Table:
         forced = "[red]yes[/red]" if line["forced"] else ""
         digest = (line["digest"] or "")[:12]
         model = escape(line.get("model", ""))
-        table.add_row(line["when"][:19], line["who"], line["action"], model, digest, forced, line["why"])
+        who, why = escape(line["who"]), escape(line["why"])
+        table.add_row(line["when"][:19], who, line["action"], model, digest, forced, why)
     return table

@@ -10,7 +10,7 @@ The rules are here. `discovery/promotion/storage/` keeps it in a folder or in a 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -18,14 +18,21 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
-from controllers.builtin import find, is_admin_only
-from controllers.errors import UnknownController
 from controllers.loading import Spec
 from controllers.rollout_state import RolloutStage, RolloutState, StageHolders, name_problem
 from discovery.data.hash_chained_log import ChainFormat, hash_line
 from discovery.data.recordings import Split
 from discovery.data.safe_json import parse_json
 from discovery.errors import DamagedLog, PromotionError, RegistryAway
+from discovery.promotion.storage.cards import (
+    BUILT_IN_MARK,
+    MEND_FILE,
+    Card,
+    InstalledCards,
+    built_in_problem,
+    read_card,
+    read_cards,
+)
 from discovery.promotion.storage.registry_database import RegistryDatabase
 from discovery.promotion.storage.registry_folder import RegistryFolder
 from discovery.promotion.storage.registry_storage import ControllerFiles, RegistryChange, RegistryStorage
@@ -36,14 +43,6 @@ SHORTEST: Final = 4
 ORIGIN: Final = "0" * 64
 """The `chain` of the first line of an audit log."""
 
-BUILT_IN_MARK: Final = "built_in"
-"""Field of a card that is true for a built-in controller."""
-
-Card = Mapping[str, Any]
-"""Facts about an installed controller: `name`, `digest`, `headline`, `report`, and whether it was `forced`.
-
-`models` lists the models that its gate reports are about; without it they are about all models.
-"""
 Move = Callable[[RolloutState], RolloutState]
 MakeFiles = Callable[[RegistryStorage], ControllerFiles]
 """Returns what is kept of a controller, given the registry while nobody else changes it."""
@@ -89,12 +88,14 @@ class Registry:
 
     def card(self, digest: str) -> Card:
         """Return the card of an installed controller. Raises PromotionError."""
-        return _card(self.storage, digest)
+        return read_card(self.storage, digest)
 
-    def cards(self) -> dict[str, Card]:
-        """Return the cards of all installed controllers by digest. Raises PromotionError."""
+    def cards(self, digests: Iterable[str] | None = None) -> InstalledCards:
+        """Return the cards of these controllers, or of all installed ones. Raises PromotionError, but not for a card
+        that is missing or damaged.
+        """
         with self.storage.session() as storage:
-            return {digest: _card(storage, digest) for digest in storage.digests()}
+            return read_cards(storage, storage.digests() if digests is None else digests)
 
     def digests(self) -> list[str]:
         """Return the digests of all installed controllers, at a stage or not. Raises PromotionError."""
@@ -150,7 +151,7 @@ class Registry:
 
         def marked(storage: RegistryStorage) -> ControllerFiles:
             source = _spec(storage, digest).source
-            card = {**_card(storage, digest), "forced": True}
+            card = {**read_card(storage, digest), "forced": True}
             return ControllerFiles(digest, _as_bytes(card), None if source is None else source.encode())
 
         move = _promote(digest, stage, share, by, model)
@@ -217,9 +218,6 @@ class Registry:
         return after
 
 
-_MEND_FILE: Final = "promote the controller's file again, or return to the previous champion with `autotts rollback`"
-
-
 def load_state(storage: RegistryStorage) -> tuple[RolloutState, bytes | None]:
     """Return the state of a registry, and the audit line it was written with. Raises PromotionError."""
     content = storage.state()
@@ -246,7 +244,7 @@ def split_audit(storage: RegistryStorage, latest: bytes | None) -> tuple[list[by
 
 
 def _spec(storage: RegistryStorage, digest: str) -> Spec:
-    card = _card(storage, digest)
+    card = read_card(storage, digest)
     if card.get(BUILT_IN_MARK):
         return Spec(card["name"])
     try:
@@ -254,38 +252,18 @@ def _spec(storage: RegistryStorage, digest: str) -> Spec:
     except RegistryAway:
         raise
     except PromotionError as error:
-        raise PromotionError(f"{error}; {_MEND_FILE}") from None
+        raise PromotionError(f"{error}; {MEND_FILE}") from None
     if sha256(source.encode()).hexdigest() != digest:
         raise PromotionError(
-            f"{storage.source_name(digest)}: the content does not match the hash in its name; {_MEND_FILE}"
+            f"{storage.source_name(digest)}: the content does not match the hash in its name; {MEND_FILE}"
         )
     return Spec(card["name"], source)
-
-
-def _card(storage: RegistryStorage, digest: str) -> Card:
-    name = storage.card_name(digest)
-    try:
-        card = parse_json(storage.card(digest))
-    except RegistryAway:
-        raise
-    except PromotionError as error:
-        raise PromotionError(f"{error}; {_MEND_FILE}") from None
-    except ValueError as error:
-        raise PromotionError(f"{name}: {error}; {_MEND_FILE}") from None
-    if not isinstance(card, dict) or not isinstance(card.get("name"), str):
-        raise PromotionError(f"{name}: not the card of a controller; {_MEND_FILE}")
-    is_built_in = card.get(BUILT_IN_MARK) is True
-    if is_built_in and Spec(card["name"]).digest != digest:
-        raise PromotionError(f"{name}: the name does not match the hash in the file's name; {_MEND_FILE}")
-    if wrong := built_in_problem(card["name"]) if is_built_in else name_problem(card["name"]):
-        raise PromotionError(f"{name}: not the card of a controller: {wrong}; {_MEND_FILE}")
-    return card
 
 
 def _known_card(storage: RegistryStorage, digest: str) -> Card | None:
     """Return the card of a controller; None if it has none, or one that cannot be used and is replaced."""
     try:
-        return _card(storage, digest) if digest in storage.digests() else None
+        return read_card(storage, digest) if digest in storage.digests() else None
     except RegistryAway:
         raise
     except PromotionError:
@@ -322,17 +300,6 @@ def _is_kept(storage: RegistryStorage, files: ControllerFiles) -> bool:
         raise
     except PromotionError:
         return False
-
-
-def built_in_problem(name: str) -> str | None:
-    """Return the reason why a controller cannot be installed by its name; None if it is built in and may serve."""
-    try:
-        find(name)
-    except UnknownController as error:
-        return str(error)
-    return (
-        f"{name} is for admins only; it cannot serve requests that name no controller" if is_admin_only(name) else None
-    )
 
 
 def _promote(digest: str, stage: RolloutStage, share: float, by: ChangeCause, model: str | None) -> Move:

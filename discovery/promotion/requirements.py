@@ -8,7 +8,8 @@ from typing import Any, Final
 from controllers.loading import Spec
 from discovery.data.recordings import Split
 from discovery.errors import PromotionError
-from discovery.promotion.registry import Card, judged_splits
+from discovery.promotion.registry import judged_splits
+from discovery.promotion.storage.cards import Card
 
 PASSED: Final = "promote"
 """The verdict a report must have for a promotion."""

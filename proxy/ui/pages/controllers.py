@@ -14,9 +14,10 @@ from starlette.responses import Response
 
 from controllers.builtin import ADMIN_ONLY, BUILT_IN
 from controllers.rollout_state import RolloutStage, RolloutState
-from discovery.commands.promote import promote_known
+from discovery.commands.promote import known_digests, promote_known
 from discovery.errors import PromotionError
-from discovery.promotion.registry import BUILT_IN_MARK, Card, ChangeCause, Registry
+from discovery.promotion.registry import ChangeCause, Registry
+from discovery.promotion.storage.cards import BUILT_IN_MARK, Card
 from proxy.errors import BadRequest, NotFound
 from proxy.ui.charts import Axis, Chart, ChartKind, Scale, Series
 from proxy.ui.page import Page, PageContext, UiRoute, ViewAccess
@@ -28,6 +29,7 @@ HOME: Final = "/ui/controllers"
 LATEST: Final = 50
 """Changes of the audit trail that the page shows."""
 _PROMOTE, _ROLLBACK, _DROP = "promote", "rollback", "drop"
+_DAMAGED: Final = "its card is damaged"
 _MOST_REASON: Final = 300
 _REPORTED: Final = frozenset(
     {"verdict", "headline", "questions", "delta_afs", "interval", "p", "alpha", "mde", "conditions"}
@@ -52,6 +54,7 @@ class RegistryView(NamedTuple):
 
     state: RolloutState
     cards: Mapping[str, Card]
+    damaged: Mapping[str, str]  # why other cards cannot be used
     audit: list[Mapping[str, Any]]  # the latest first
 
 
@@ -133,6 +136,8 @@ async def show_card(context: PageContext) -> Response:
     digest = context.request.path_params["digest"]
     view = await _in_thread(lambda: _read(registry))
     card = view.cards.get(digest)
+    if digest in view.damaged:
+        raise BadRequest(view.damaged[digest], code="promotion_refused")
     if card is None:
         raise NotFound(f"no controller {digest[:64]!r} is installed; go back to the controllers", code="not_found")
     source = "" if card.get(BUILT_IN_MARK) else (await _in_thread(lambda: registry.spec(digest))).source or ""
@@ -177,6 +182,8 @@ async def make_change(context: PageContext) -> Response:
 
 def named(view: RegistryView, what: str) -> str:
     """Return the name of a controller, with the beginning of its digest if it is installed."""
+    if what in view.damaged:
+        return f"{what[:12]} ({_DAMAGED})"
     card = view.cards.get(what)
     return what if card is None else f"{card['name']} ({what[:12]})"
 
@@ -231,7 +238,9 @@ def _origin(card: Card) -> ControllerOrigin | None:
 
 def _read(registry: Registry) -> RegistryView:
     with registry.session() as opened:
-        return RegistryView(opened.read(), opened.cards(), opened.audit()[::-1])
+        state = opened.read()
+        cards = opened.cards(known_digests(state, opened.digests()))
+        return RegistryView(state, cards.readable, cards.damaged, opened.audit()[::-1])
 
 
 def _stages(view: RegistryView, configured: str) -> list[StageRow]:
@@ -241,7 +250,7 @@ def _stages(view: RegistryView, configured: str) -> list[StageRow]:
         holders = view.state.own(model)
         for stage, digest in reversed(holders.stages.items()):
             if digest is not None:
-                card = view.cards.get(digest, {})
+                card = view.cards.get(digest, {"headline": _DAMAGED})
                 share = holders.share if stage is RolloutStage.CANARY else None
                 name, headline = card.get("name", digest[:12]), card.get("headline", "")
                 rows.append(StageRow(model, stage, digest, name, share, headline, _reason(view, digest, model)))

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from controllers.builtin import ADMIN_ONLY, BUILT_IN
 from controllers.loading import Spec, discovered, parse_spec
 from discovery.errors import PromotionError
-from discovery.promotion.registry import BUILT_IN_MARK, Registry
+from discovery.promotion.registry import Registry
+from discovery.promotion.storage.cards import BUILT_IN_MARK
 from discovery.store import StorePlace
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,9 @@ def replayable(registry: StorePlace | None) -> Mapping[str, str]:
     except PromotionError as error:
         logger.warning("%s", error)
         return titles
-    installed = {digest: card for digest, card in cards.items() if not card.get(BUILT_IN_MARK)}
+    for problem in cards.damaged.values():
+        logger.warning("%s", problem)
+    installed = {digest: card for digest, card in cards.readable.items() if not card.get(BUILT_IN_MARK)}
     return titles | {digest: f"{card['name']} ({digest[:12]}), installed" for digest, card in installed.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import subprocess
 import sys
@@ -120,6 +121,47 @@ def test_a_rollback_takes_the_shadow_of_a_misspelt_model_away_and_nothing_else(
     after = opened.read()
     assert (after.default, after.models) == (before.default, {})
     assert [line["action"] for line in opened.audit()][-1] == "drop shadow"
+
+
+def test_a_damaged_card_is_named_beside_the_controllers_that_can_be_read(tmp_path: Path) -> None:
+    place = ("--registry", str(tmp_path))
+    for name, stage in (("cmc", "champion"), ("asc", "canary"), ("esc", "shadow")):
+        assert autotts("promote", name, "--as", stage, *place)[0] == 0
+    damaged, missing = Spec("asc").digest, Spec("cmc").digest
+    (tmp_path / f"{damaged}.json").write_text("{")
+    (tmp_path / f"{missing}.json").unlink()
+    status, output = autotts("controllers", *place)
+    assert status == 1
+    assert f"shadow │ esc │ {Spec('esc').digest[:12]}" in output
+    assert f"canary (10%) │ damaged card │ {damaged[:12]}" in output
+    assert f"champion │ damaged card │ {missing[:12]}" in output
+    assert f"the card of {damaged[:12]} cannot be used: {tmp_path}/{damaged}.json: " in output
+    assert "latest changes" in output
+    done = CliRunner().invoke(app, ["controllers", *place, "--json"])
+    figures = json.loads(done.stdout)
+    assert (done.exit_code, list(figures["cards"])) == (1, [Spec("esc").digest])
+    assert figures["damaged"].keys() == {damaged, missing}
+    assert "promote the controller's file again" in figures["damaged"][damaged]
+
+
+def test_a_rollback_with_a_damaged_card_of_the_champion_says_that_it_is_made(tmp_path: Path) -> None:
+    place = ("--registry", str(tmp_path))
+    for name, stage in (("cmc", "champion"), ("asc", "canary")):
+        assert autotts("promote", name, "--as", stage, *place)[0] == 0
+    champion = Spec("cmc").digest
+    (tmp_path / f"{champion}.json").write_text("{")
+    status, output = autotts("rollback", "--canary", *place)
+    assert status == 0
+    assert f"{champion[:12]} is the champion; there is no canary" in output
+
+
+def test_reasons_and_headlines_are_listed_as_they_are_written(tmp_path: Path) -> None:
+    place, hostile = ("--registry", str(tmp_path)), "[/red] as [b]planned"
+    assert autotts(*PROMOTE, *place, "--why", hostile, "--who", hostile)[0] == 0
+    card = tmp_path / f"{Spec('asc').digest}.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "headline": hostile}))
+    status, output = autotts("controllers", *place)
+    assert (status, output.count(hostile)) == (0, 3)
 
 
 @pytest.mark.process

@@ -25,7 +25,7 @@ from discovery.promotion.registry import ChangeCause, Registry
 from proxy.cli import app
 from tests.discovery.evaluation.test_evaluate import Given
 from tests.discovery.promotion.choice_simulation import Scenario, rows, simulate
-from tests.discovery.promotion.examples import HELD_OUT_CELLS, NOON
+from tests.discovery.promotion.examples import FORCED, HELD_OUT_CELLS, NOON
 from tests.discovery.promotion.outside import folder_of
 from tests.discovery.promotion.test_gate import FIRST, LONGER, SHORTER, question
 
@@ -295,6 +295,22 @@ def test_choices_against_another_default_than_the_registrys_are_refused(recordin
     assert "is cmc" in output
     assert "--controllers begins with self_consistency" in output
     assert not (recordings.parent / "c.json").exists()
+
+
+def test_a_damaged_card_hides_no_other_controller_and_is_named_if_one_is_not_found(
+    recordings: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry, damaged = Registry(tmp_path), "0" * 64
+    registry.install(Spec("first", FIRST), {"headline": ""}, RolloutStage.CHAMPION, 0, FORCED)
+    (tmp_path / f"{damaged}.json").write_text("{")
+    status, output = run(recordings, "cmc,first", "--registry", tmp_path)
+    assert (status, "the default's champion in" in output) == (2, True)
+    assert caplog.text == ""
+    status, output = run(recordings, "first,second", "--registry", tmp_path)
+    assert (status, "second" in output) == (2, True)
+    assert f"an installed controller that may be named second is left out: {tmp_path}/{damaged}.json" in caplog.text
+    status, output = run(recordings, f"first,{damaged[:12]}", "--registry", tmp_path)
+    assert (status, "promote the controller's file again" in output) == (2, True)
 
 
 @pytest.mark.parametrize("option", [("--compare",), ("--registry", "registry")])

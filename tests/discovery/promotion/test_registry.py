@@ -196,10 +196,10 @@ def test_a_refused_change_changes_nothing(registry: Registry) -> None:
 
 def test_several_reads_share_a_session(registry: Registry) -> None:
     with registry.session() as opened:
-        assert (opened.read(), opened.cards(), opened.audit()) == (RolloutState(), {}, [])
+        assert (opened.read(), opened.cards(), opened.audit()) == (RolloutState(), ({}, {}), [])
     after = registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
     with registry.session() as opened:
-        assert (opened.read(), opened.cards()) == (after, {spec(1).digest: registry.card(spec(1).digest)})
+        assert (opened.read(), opened.cards()) == (after, ({spec(1).digest: registry.card(spec(1).digest)}, {}))
         assert opened.spec(opened.find(spec(1).digest[:8])) == spec(1)
 
 
@@ -235,6 +235,19 @@ def test_a_changed_card_of_a_built_in_controller_is_refused(
     write_card(registry, digest, json.dumps({**registry.card(digest), **change}).encode())
     with pytest.raises(PromotionError, match=rf"{digest[:12]}.*: .*{message}.*promote the controller's file again"):
         registry.spec(Spec("cmc").digest)
+
+
+def test_a_damaged_card_hides_no_other_and_a_missing_one_is_named(registry: Registry) -> None:
+    for number in (1, 2):
+        registry.install(spec(number), CARD, RolloutStage.SHADOW, 0, ME)
+    damaged, kept, missing = spec(1).digest, spec(2).digest, spec(3).digest
+    write_card(registry, damaged, b"{")
+    cards = registry.cards()
+    assert cards.readable == {kept: registry.card(kept)}
+    assert list(cards.damaged) == [damaged]
+    assert "promote the controller's file again" in cards.damaged[damaged]
+    assert registry.cards([missing, kept]).readable == {kept: registry.card(kept)}
+    assert list(registry.cards([missing, kept]).damaged) == [missing]
 
 
 def test_the_audit_log_records_the_model_of_a_change(registry: Registry) -> None:

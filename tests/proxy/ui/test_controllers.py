@@ -19,7 +19,7 @@ from discovery.promotion.registry import ChangeCause, Registry
 from proxy.server import running
 from proxy.settings import load
 from proxy.ui.sources.highlighted import diff_html, python_html
-from tests.discovery.promotion.outside import PLACES, new_place
+from tests.discovery.promotion.outside import PLACES, new_place, write_card
 from tests.fakes import FakeVLLM
 from tests.proxy.conftest import SMALL
 from tests.proxy.ui.conftest import ALICE, BOSS, Browser, PageReply
@@ -269,3 +269,22 @@ def test_highlighted_text_is_escaped() -> None:
     assert "<script>" not in difference
     assert 'class="py-gi"' in difference
     assert not diff_html("same", "same", ("a", "b"))
+
+
+async def test_a_damaged_card_is_named_beside_the_controllers_that_can_be_read(
+    admin: Browser, registry: Registry
+) -> None:
+    cause = ChangeCause("tests", "", datetime(2026, 3, 1, tzinfo=UTC))
+    registry.install(Spec("esc"), {"headline": "kept"}, RolloutStage.SHADOW, 0.0, cause)
+    damaged = Spec("mine", SOURCE).digest
+    write_card(registry, damaged, b"{")
+    page = await admin.get("/ui/controllers")
+    assert page.status == 200
+    assert f'href="/ui/controllers/card/{Spec("esc").digest}">esc</a>' in page.text
+    assert "damaged card" in page.text
+    assert "promote the controller&#39;s file again" in page.text
+    card = await admin.get(f"/ui/controllers/card/{damaged}")
+    assert (card.status, "promote the controller&#39;s file again" in card.text) == (400, True)
+    assert (await admin.get(f"/ui/controllers/card/{Spec('esc').digest}")).status == 200
+    drop = await admin.get("/ui/controllers/change?" + urlencode({"what": damaged, "stage": "shadow"}))
+    assert f"{damaged[:12]} (its card is damaged)" in drop.text

@@ -81,9 +81,13 @@ async def test_recorded_branches_are_played_by_controllers_from_files_in_the_san
         await client.close()
 
 
-def test_a_damaged_registry_leaves_the_other_controllers(tmp_path: Path) -> None:
+def test_a_damaged_card_leaves_the_other_controllers(tmp_path: Path) -> None:
+    spec, cause = Spec("mine", SOURCE), ChangeCause("tests", "", datetime(2026, 3, 1, tzinfo=UTC), forced=True)
+    Registry(tmp_path).install(spec, {"headline": "", "report": None}, RolloutStage.SHADOW, 0.0, cause)
     (tmp_path / f"{'0' * 64}.json").write_text("{")
-    assert {"cmc", "lockstep_lead"} <= replayable(tmp_path).keys() == replayable(None).keys()
+    assert {"cmc", "lockstep_lead"} <= replayable(None).keys()
+    assert replayable(tmp_path).keys() == {*replayable(None), spec.digest}
+    assert load_replayable(tmp_path, spec.digest) == spec
     assert load_replayable(tmp_path, "0" * 64) is None
 
 
