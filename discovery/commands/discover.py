@@ -52,13 +52,14 @@ from discovery.evaluation.sources import open_source, select_cells
 from discovery.promotion.searched_questions import with_searched
 from discovery.search.cascade import BASELINE, Cascade, CascadePlan
 from discovery.search.explorers import Candidate
-from discovery.search.explorers.catalogue import EXPORT, ExplorerName, ExplorerOptions, make_explorer
+from discovery.search.explorers.catalogue import EXPORT, WORKSPACES, ExplorerName, ExplorerOptions, make_explorer
 from discovery.search.explorers.tuned import Tuned
 from discovery.search.fixed_recordings import fixed_recordings
 from discovery.search.halving import FEWEST_ORDERS, last_orders, rungs_below
 from discovery.search.history import History
 from discovery.search.kernel.jit import is_available
 from discovery.search.loop import Digester, Finalist, SearchLimits, SearchLoop, card, final_shuffles, read_pairs
+from discovery.search.output_files import check_new_run, check_resumed_run, controller_file
 from discovery.search.prompt import SYSTEM, USER, join_blocks
 from discovery.search.trace_digest import digest_traces
 from discovery.search.trial_pool import KEPT_CELLS, TrialPool, TrialSettings, can_be_probed
@@ -158,6 +159,12 @@ def discover(
     if budget_usd is not None and explorer is not ExplorerName.LLM:
         raise ExplorerError("--budget-usd limits --explorer llm only, whose cost is known; give --rounds or --minutes")
     check_cluster_options(engine, address, workers)
+    record, context = out / RECORD, out / CONTEXT
+    if resume:
+        check_resumed_run(context)
+    else:
+        of_agent = (out / EXPORT, out / WORKSPACES) if explorer is ExplorerName.AGENT else ()
+        check_new_run(record, (context, *of_agent))
     shown = parse_shown_signals(signals)
     compiled = choose_runner(explorer, tune, kernel)
     options = ExplorerOptions(folder, llm, command, budget_usd, VARIED if compiled else 0)
@@ -192,7 +199,6 @@ def discover(
         "tune": tune,
         **({} if has_probes else {"has_probes": False}),
     }
-    record = out / RECORD
     history = History.resume(record, settings) if resume else History.begin(record, settings)
     if explorer is ExplorerName.AGENT and not (out / EXPORT).exists():
         export_search_split(recordings, out / EXPORT, answers=answers)
@@ -206,7 +212,7 @@ def discover(
         run = SearchLoop(chosen, cascade, history, seed, digester)
         with SearchProgressBar(rounds) as bar:
             run.search(SearchLimits(rounds, budget_usd, minutes), bar.step)
-        with atomic_write(out / CONTEXT) as file:
+        with atomic_write(context) as file:
             file.write(join_blocks([*SYSTEM, *USER], run.context()).encode())
         finalist = run.choose_finalist(final_shuffles(questions), choosing=orders if compiled else None)
     if store is not None:
@@ -351,7 +357,7 @@ class SearchProgressBar:
 
 def _write_finalist(run: SearchLoop, finalist: Finalist, out: Path, about: Mapping[str, Any]) -> None:
     """Write the controller and its card, and print a table of the best candidates."""
-    file = out / f"{_stem(finalist.candidate)}.py"
+    file = controller_file(out, run.history, finalist.candidate, run.candidates)
     with atomic_write(file) as opened:
         opened.write(finalist.candidate.source.encode())
     with atomic_write(file.with_suffix(".json")) as opened:
@@ -374,10 +380,6 @@ def better_baseline(run: SearchLoop, finalist: Finalist) -> str:
     if best is None or own is None or known[best] < own:
         return ""
     return f"{best} scores {known[best]:.2f} in the table, {finalist.candidate.name} {own:.2f}"
-
-
-def _stem(candidate: Candidate) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in candidate.name)[:64]
 
 
 def _leaders(run: SearchLoop, most: int = 10) -> Table:

@@ -32,6 +32,11 @@ def append_line(path: Path, line: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def begins_as(torn: bytes, start: bytes) -> bool:
+    """Return whether an incomplete line may be one of a log whose lines begin with `start`."""
+    return torn[: len(start)] == start[: len(torn)]
+
+
 @dataclass(frozen=True)
 class ChainFormat(Generic[Record]):
     """How the lines of one kind of log are parsed and linked."""

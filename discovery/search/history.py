@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
-from discovery.data.hash_chained_log import ChainFormat, HashChainedLog
+from discovery.data.hash_chained_log import ChainFormat, HashChainedLog, begins_as
 from discovery.data.safe_json import parse_json
 from discovery.errors import DamagedLog, HistoryError
 
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 ORIGIN: Final = "0" * 64
 """The `before` of the first event."""
+_LINE_START: Final = b'{"kind": "'
 ADDED: Final = MappingProxyType({"data": "whether its recordings are the same is unknown"})
 """Settings that earlier releases did not record, and what is unknown without them."""
 
@@ -46,11 +47,16 @@ class History:
         self.events = events
         self._log = log
 
+    @staticmethod
+    def check_unused(path: Path) -> None:
+        """Raise HistoryError if a run is recorded at `path` already."""
+        if path.exists() and path.stat().st_size:
+            raise HistoryError(f"{path}: a run is recorded there; continue it with --resume, or name another folder")
+
     @classmethod
     def begin(cls, path: Path, settings: Mapping[str, Any]) -> History:
         """Begin the history of a new run. Raises HistoryError if a run is recorded at `path` already."""
-        if path.exists() and path.stat().st_size:
-            raise HistoryError(f"{path}: a run is recorded there; continue it with --resume, or name another folder")
+        cls.check_unused(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -71,6 +77,8 @@ class History:
                 "--resume, or name the folder of a recorded run"
             )
         begun = cls.read(path).events[:1]
+        if not begun and not begins_as(path.read_bytes(), _LINE_START):
+            raise HistoryError(f"{path}: not the record of a run; move it away, or name another folder")
         recorded, current = begun[0].body if begun else _as_json(settings), _as_json(settings)
         missing = {name for name in ADDED if name in current and name not in recorded}
         for name in sorted({*recorded, *current} - missing):

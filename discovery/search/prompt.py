@@ -71,8 +71,11 @@ class Waves:
         return actions
 '''
 
-_API: Final = """\
-# The language
+HEADING: Final = "# The language\n"
+"""Beginning of the prompt, by which the file of a search's context is recognised."""
+_API: Final = (
+    HEADING
+    + """\
 
 A controller decides how the tokens for one question are spent. It sees a `State` and returns a round of actions.
 After the round is executed it is called again, until it answers. A branch is one chain of reasoning by the same
@@ -126,6 +129,7 @@ Helpers:
 A complete file:
 
 """
+)
 
 _CONSTRAINTS: Final = f"""\
 # The rules

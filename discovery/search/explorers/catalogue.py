@@ -15,8 +15,8 @@ from discovery.search.explorers import Explorer
 from discovery.search.explorers.agent import Agent
 from discovery.search.explorers.files import Files
 
-TRANSCRIPT, EXPORT = "exchanges.jsonl", "search.jsonl"
-"""Names of files in the folder of a run: exchanges with an LLM, and recordings for an agent."""
+TRANSCRIPT, EXPORT, WORKSPACES = "exchanges.jsonl", "search.jsonl", "workspaces"
+"""Names in the folder of a run: exchanges with an LLM, recordings for an agent, and the folder of its workspaces."""
 
 
 class ExplorerName(StrEnum):
@@ -58,7 +58,7 @@ def make_explorer(name: ExplorerName, options: ExplorerOptions, out: Path) -> Ex
         command = shlex.split(options.command)
     except ValueError as error:
         raise ExplorerError(f"--command: {error}") from None
-    return Agent(command, out / "workspaces", search=out / EXPORT)
+    return Agent(command, out / WORKSPACES, search=out / EXPORT)
 
 
 def _llm(path: Path, usd: float | None, transcript: Path) -> Explorer:

@@ -7,13 +7,14 @@ import os
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from discovery.data.hash_chained_log import append_line
+from discovery.data.hash_chained_log import append_line, begins_as
 from discovery.data.safe_json import parse_json
 from discovery.errors import ExplorerError, HistoryError
 
 Response = Mapping[str, Any]
+_LINE_START: Final = b'{"key": "'
 
 
 def exchange_key(seed: int, step: int, call: int, request: Mapping[str, Any]) -> str:
@@ -68,5 +69,7 @@ class Transcript:
                 self._responses[read["key"]] = read["request"], read["response"]
             except (ValueError, KeyError, TypeError):
                 raise HistoryError(f"{path}: line {number} is not a recorded exchange") from None
+        if not begins_as(data[ended:], _LINE_START):
+            raise HistoryError(f"{path}: its last line is not a recorded exchange; move the file away")
         if ended < len(data):
             os.truncate(path, ended)

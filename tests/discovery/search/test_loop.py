@@ -44,7 +44,7 @@ from discovery.evaluation.replay_jobs import ReplayRules
 from discovery.promotion.searched_questions import SearchedQuestions
 from discovery.search.cascade import CandidateVerdict, Cascade, CascadePlan
 from discovery.search.explorers import Candidate, Cost, Explorer, ExplorerContext
-from discovery.search.explorers.catalogue import TRANSCRIPT
+from discovery.search.explorers.catalogue import EXPORT, TRANSCRIPT, WORKSPACES
 from discovery.search.explorers.classics import CLASSICS
 from discovery.search.explorers.endpoint import KEY, LLMSettings
 from discovery.search.explorers.files import Files
@@ -880,6 +880,26 @@ def check_refused(folder: Path, message: str, *arguments: str) -> None:
     assert {path: kept[path] for path in kept if path.is_file()} == {
         path: before[path] for path in before if path.is_file()
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (CONTEXT, []),
+        (EXPORT, ["--explorer", "agent", "--command", "true"]),
+        (f"{WORKSPACES}/step-0001/mine.txt", ["--explorer", "agent", "--command", "true"]),
+    ],
+)
+def test_the_discover_command_replaces_no_file_of_others(
+    tmp_path: Path, lines: Path, name: str, options: list[str]
+) -> None:
+    file = tmp_path / "run" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    asked = ("discover", *SEARCH, str(lines), "--rounds", "1", "--out", "run", *options)
+    message = f"run/{name.partition('/')[0]}: this search did not write it; move it away, or name another folder with"
+    check_refused(tmp_path, message, *asked)
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == [file]
 
 
 @pytest.mark.parametrize(
