@@ -12,6 +12,7 @@ import functools
 import gc
 import multiprocessing.util
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -130,6 +131,18 @@ class _FasterPolling:
         await asyncio.sleep(seconds / 10)
 
 
+def _heed_signals() -> None:
+    """Restore the default handling of signals that this process was started to ignore, which its children inherit.
+
+    `nohup` ignores SIGHUP, and a shell ignores SIGINT in a job that it starts in the background. Tests send both to
+    children. So a closed terminal ends the run even under `nohup`; `setsid` protects it.
+    """
+    for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+_heed_signals()  # here, so that it is before pytest-xdist starts its workers, and in each of them
 hypothesis.settings.register_profile("busy machine", deadline=None)  # an example may wait for the processor
 hypothesis.settings.load_profile("busy machine")
 vars(uvicorn.server)["asyncio"] = _FasterPolling()
