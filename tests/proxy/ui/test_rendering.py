@@ -82,6 +82,25 @@ def test_hostile_text_is_shown_as_text() -> None:
     assert [at["src"] for tag, at in tags.tags if tag == "img"] == [static_url("icon.svg")]
 
 
+@pytest.mark.parametrize(
+    ("failed", "late", "state"),
+    [(0, 0, ""), (5, 5, ""), (0, 6, " warn"), (6, 0, " bad"), (6, 6, " bad")],
+)
+def test_the_requests_tile_warns_of_many_late_requests_and_more_of_many_failed_ones(
+    failed: int, late: int, state: str
+) -> None:
+    macros = '{% import "macros.html" as m %}'
+    line = next(
+        text
+        for text in (FOLDER.parent / "templates" / "overview_panels.html").read_text().splitlines()
+        if 'm.tile("Requests"' in text
+    )
+    tile = rendering._environment().from_string(macros + line).render(requests=100, failed=failed, late=late)
+    assert f'<div class="tile{state}"><dt>Requests</dt><dd>100</dd>' in tile
+    if state:
+        assert f".tile{state.replace(' ', '.')} dd:not(.note)" in (FOLDER / "components.css").read_text()
+
+
 def test_hostile_text_in_the_data_of_a_chart_cannot_leave_its_attribute() -> None:
     series = Series(HOSTILE, [(1, 2.0), (3, None)], notes=[HOSTILE, "\u2028"], low=[1.0, None], high=[3.0, None])
     chart = Chart("c", HOSTILE, ChartKind.LINE, Axis(HOSTILE, "s"), Axis("y"), [series], summary=HOSTILE)
