@@ -157,12 +157,14 @@ $(VENV)/chromium: $(BIN)/python
 	  echo "make: Chromium is not available; its tests are skipped"
 	@touch $@
 
-# LiteLLM's gateway, and clients of agents, for the tests. Each is in its own environment below $(VENV)/peers, because it needs
-# other versions of packages.
-$(VENV)/gateway: $(VENV)/dev tests/bench/peers.py
+# LiteLLM's gateway, clients of agents, and OpenAI's npm package with Node.js from PyPI, for the tests. Each is in its own
+# environment below $(VENV)/peers, because it needs other versions of packages.
+$(VENV)/gateway: $(VENV)/dev tests/bench/peers.py tests/proxy/api/node_client.py
 	@$(BIN)/python -m tests.bench.peers LiteLLM || echo "make: LiteLLM's gateway cannot be installed; its tests are skipped"
 	@$(BIN)/python -m tests.bench.peers agent-clients || \
 	  echo "make: openai-agents and instructor cannot be installed; their tests are skipped"
+	@$(BIN)/python -m tests.proxy.api.node_client || \
+	  echo "make: Node.js and OpenAI's npm package cannot be installed; their tests are skipped"
 	@touch $@
 
 $(VENV)/embedded: $(VENV)/proxy

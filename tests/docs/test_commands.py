@@ -30,7 +30,7 @@ GENERATED: Final = ROOT / "docs" / "report.md"
 PAGES: Final = [ROOT / "README.md", *sorted(set((ROOT / "docs").glob("*.md")) - {GENERATED})]
 BLOCKS: Final = [block for page in PAGES for block in fenced_blocks(page, ROOT)]
 SHELL: Final = ("sh", "bash")
-LANGUAGES: Final = {*SHELL, "python", "json", "toml", "text"}
+LANGUAGES: Final = {*SHELL, "python", "json", "toml", "text", "ts"}  # tests/proxy/api/test_node_client.py has ts
 COMMANDS: Final = {block.place: list(shell_commands(block.code)) for block in BLOCKS if block.language in SHELL}
 CONTROLLERS: Final = [block for block in BLOCKS if block.language == "python" and "def decide(" in block.code]
 SNIPPETS: Final = [

@@ -47,6 +47,7 @@ def test_make_test_installs_each_peer_by_itself(tmp_path: Path) -> None:
     for name in ("LiteLLM", "agent-clients"):  # if one cannot be installed, the tests of the other still run
         assert f"-m tests.bench.peers {name} ||" in commands
         assert name in {peer.name for peer in ALL}
+    assert "-m tests.proxy.api.node_client ||" in commands
 
 
 def test_make_docs_installs_neither_torch_nor_vllm(tmp_path: Path) -> None:
