@@ -6,17 +6,20 @@ SandboxSpawner ──orders──▶ zygote ──forks──▶ child ◀──
 from __future__ import annotations
 
 import atexit
+import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from controllers.core.compiled import CORE, PURE
-from controllers.errors import SandboxUnavailable
+from controllers.errors import MachineDisturbed, SandboxUnavailable
 from controllers.sandbox import frames
 from controllers.sandbox.attempts import ATTEMPTS
 from controllers.sandbox.deadline import HARD_S, Clock
@@ -33,6 +36,8 @@ PATIENCE_S: Final = 10.0
 ADVICE: Final = (
     "run `autotts doctor` for details, or --allow-unsandboxed to run controllers from files with all your permissions"
 )
+PASSING: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
+"""Errors of a machine that lacks descriptors, memory or processes. They say nothing of its sandbox."""
 ROOT: Final = Path(__file__).parents[2]
 _START: Final = "import sys; sys.path.append({root!r}); from controllers.sandbox.zygote import main; main({descriptor})"
 
@@ -59,6 +64,14 @@ class SandboxSpawner:
 
     def check(self) -> Proof:
         """Prove the seal now. If anything goes wrong, the proof says that the seal does not hold."""
+        try:
+            return self._prove()
+        except OSError as error:
+            self.proof = Proof(reason=f"cannot start a sandbox process: {error}")
+            return self.proof
+
+    def _prove(self) -> Proof:
+        """Prove the seal. Raises OSError if the machine has no descriptors or memory left, and keeps the last proof."""
         self._spawned = 0
         if sys.platform != "linux":
             self.proof = Proof(reason=f"processes can be sealed on Linux only, not on {sys.platform}")
@@ -70,12 +83,29 @@ class SandboxSpawner:
         return self.proof
 
     def spawn(self, hard_s: float = HARD_S, clock: Clock = Clock.WALL) -> SandboxHandle:
-        """Start a sandbox process. Raises SandboxUnavailable, and always does once a proof has failed."""
-        if self.layers == ALL_LAYERS:
-            self._require_proof()
-        self._spawned += 1
-        forked = self._fork(SPAWN, self.layers)
-        return SandboxHandle(forked.process, forked.channel, partial(self._reap, zygote=forked.zygote), hard_s, clock)
+        """Start a sandbox process. Raises SandboxUnavailable, and always does once a proof has failed.
+
+        Raises MachineDisturbed if the machine has no descriptors or memory left.
+        """
+        try:
+            if self.layers == ALL_LAYERS:
+                self._require_proof()
+            self._spawned += 1
+            return self._handle_of(self._fork(SPAWN, self.layers), hard_s, clock)
+        except OSError as error:
+            raise MachineDisturbed(f"cannot start a sandbox process: {error.strerror or error}") from error
+
+    def _handle_of(self, forked: _ForkedProcess, hard_s: float, clock: Clock) -> SandboxHandle:
+        """Return the handle of a process. If there can be none, end the process and raise OSError."""
+        reap = partial(self._reap, zygote=forked.zygote)
+        try:
+            return SandboxHandle(forked.process, forked.channel, reap, hard_s, clock)
+        except OSError:
+            forked.channel.close()
+            with suppress(ProcessLookupError):
+                os.kill(forked.process, signal.SIGKILL)  # nobody has reaped it, so the number is still its own
+            reap(forked.process)
+            raise
 
     def close(self) -> None:
         """End the zygote and every process it has forked."""
@@ -89,7 +119,7 @@ class SandboxSpawner:
     def _require_proof(self) -> None:
         proof = self.proof
         if proof is None or (proof.sealed and self._spawned >= PROVE_EVERY):
-            proof = self.check()
+            proof = self._prove()
         if not proof.sealed:
             raise SandboxUnavailable(f"this machine cannot seal controllers: {proof.lacking}; {ADVICE}")
 
@@ -176,7 +206,7 @@ class SandboxSpawner:
                 )
             except BaseException as error:
                 ours.close()
-                if isinstance(error, OSError):
+                if isinstance(error, OSError) and error.errno not in PASSING:
                     raise SandboxUnavailable(f"{self._python} does not start: {error}") from None
                 raise
         ours.settimeout(PATIENCE_S)

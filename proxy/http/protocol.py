@@ -128,7 +128,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._stage is Stage.IDLE and self._timer is None:
             self._wait(self._limits.head_s)
         try:
-            while data:
+            while data and not self._is_deaf:
                 data = self._feed(data)
         except httptools.HttpParserError:
             self._refuse(self._parse_error or BadRequest("the request is not well-formed HTTP/1.1", code="bad_http"))
@@ -184,12 +184,12 @@ class HttpProtocol(HttpToolsProtocol):
         parser = self.parser
         version, method = parser.get_http_version(), parser.get_method()
         try:
-            check_head(version, self.url, self.headers)
+            check_head(version, method, self.url, self.headers)
         except ApiError as error:
             self._parse_error = error
             raise
         self._bytes_since_progress = 0
-        if parser.should_upgrade() and method != b"CONNECT":
+        if parser.should_upgrade():
             self._offers_upgrade = True
             return
         cycle = self._begin_cycle(version, method)

@@ -49,7 +49,7 @@ _NAME: Final = re.compile(r"(?:[A-Za-z0-9._~@:!$&'()*+,;=/-]|%[0-9A-Fa-f]{2})+")
 _HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 
 
-def check_head(version: str, target: bytes, headers: Headers) -> None:
+def check_head(version: str, method: bytes, target: bytes, headers: Headers) -> None:
     """Raise BadRequest if a request's head is ambiguous or invalid."""
     if len(headers) > MOST_HEADERS or len(target) + sum([len(n) + len(v) + 4 for n, v in headers]) > MOST_HEAD_BYTES:
         raise head_too_large()
@@ -71,6 +71,8 @@ def check_head(version: str, target: bytes, headers: Headers) -> None:
                 raise BadRequest(
                     f"{name.decode()} is given more than once; send it once", param=name.decode(), code="bad_header"
                 )
+    if method == b"CONNECT":
+        raise BadRequest("CONNECT is not supported: this server is not a forward proxy", code="bad_target")
     check_target(target)
 
 

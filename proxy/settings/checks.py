@@ -99,7 +99,11 @@ def check_files(settings: Settings) -> None:
     if not isinstance(store, Path):
         return
     folder, spill = store.resolve().parent, settings.spill or store
-    if not folder.is_dir() and not spill.resolve().parent.is_dir():
+    try:
+        has_folder = folder.is_dir() or spill.resolve().parent.is_dir()
+    except OSError as error:
+        raise SettingsError(f"store: {error.filename}: {error.strerror}; name a file in a folder you can use") from None
+    if not has_folder:
         raise SettingsError(f"store: {store}: there is no folder {folder}; create it, or set spill to a file elsewhere")
     for name, path in settings:
         if not isinstance(path, Path) or name == "store":
@@ -112,9 +116,12 @@ def check_files(settings: Settings) -> None:
 def _is_store_file(path: Path, store: Path) -> bool:
     """Return whether a path is the store or its log, index or journal, also through a link."""
     store_files = [Path(f"{store.resolve()}{end}") for end in DATABASE_FILES]
-    return path.resolve() in store_files or any(
-        path.exists() and file.exists() and path.samefile(file) for file in store_files
-    )
+    if path.resolve() in store_files:
+        return True
+    try:
+        return any(path.exists() and file.exists() and path.samefile(file) for file in store_files)
+    except OSError:  # what cannot be looked at cannot be opened either
+        return False
 
 
 def check_spill_file(settings: Settings) -> None:

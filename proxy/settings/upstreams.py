@@ -14,6 +14,8 @@ from pydantic import AnyHttpUrl, TypeAdapter, ValidationError
 
 MAX_REPLICAS: Final = 256
 """Maximum number of replicas. Each has metrics of its own and is checked every few seconds."""
+LONGEST_LABEL: Final = 63
+"""Characters of a part of a host name (RFC 1035)."""
 _BETWEEN_URLS: Final = re.compile(r"\s*,\s*(?=[A-Za-z][A-Za-z0-9+.-]*://)")
 """Commas between URLs. A comma within a password is not followed by a scheme."""
 _AFTER_A_BLANK: Final = re.compile(r"\s[A-Za-z][A-Za-z0-9+.-]*://")
@@ -143,6 +145,9 @@ def _dns_url(text: str) -> str:
         raise ValueError("use dns+http: a certificate would have to name the addresses; or name the URLs themselves")
     if _is_address(parts.hostname or ""):
         raise ValueError(f"{parts.hostname} is an address; name a host after dns+http://, or leave dns+ out")
+    labels = (parts.hostname or "").removesuffix(".").split(".")
+    if not all(0 < len(label) <= LONGEST_LABEL for label in labels):
+        raise ValueError(f"{parts.hostname} is not a host name: its parts must have 1 to {LONGEST_LABEL} characters")
     return url
 
 
@@ -167,6 +172,8 @@ def _url(text: str) -> str:
         raise ValueError(f"{problem}; write http://HOST:PORT or https://HOST") from None
     if "," in (url.host or ""):
         raise ValueError("separate URLs by commas, and begin each with http:// or https://")
+    if url.query is not None or url.fragment is not None:
+        raise ValueError("leave out what follows ? or #; it would not reach the upstream")
     return str(url)
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Final
 
+from proxy.telemetry.logs import log_fault
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.health_check import log_change
+
+logger = logging.getLogger(__name__)
 
 CHECK_INTERVAL_S = 5.0
 """Seconds between periodic checks."""
@@ -57,7 +61,12 @@ class HealthMonitor:
         return self._is_healthy is True
 
     async def _check_once(self) -> None:
-        was_healthy, self._is_healthy = self._is_healthy, await self._check()
+        was_healthy = self._is_healthy
+        try:
+            self._is_healthy = await self._check()
+        except Exception as error:  # a fault of the check must not leave an old result in force
+            log_fault(logger, error)
+            self._is_healthy = False
         self._checked_at = self._clock()
         log_change(self._addresses(), was_healthy, self._is_healthy, "/ready is 503 until a health check passes")
         self._metrics.upstream_up.set(self._is_healthy)

@@ -31,6 +31,7 @@ from proxy.errors import (
     UpstreamUnreachable,
     detail,
 )
+from proxy.telemetry.logs import log_fault
 from proxy.tested_versions import has_tested_internals
 from proxy.upstream import retry
 from proxy.upstream.circuit_breaker import BackgroundBreaker, Breaker
@@ -117,7 +118,11 @@ class UpstreamTransport:
         return self._checking
 
     async def _check(self) -> None:
-        is_up = await self._health_check.is_up()
+        try:
+            is_up = await self._health_check.is_up()
+        except Exception as error:  # otherwise the breaker would stay half open
+            log_fault(logger, error)
+            is_up = False
         was_closed = self.breaker.is_closed
         if self.breaker.end_check(is_up=is_up):
             self._report_open()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import pickle
 import re
@@ -16,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import repeat
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -392,6 +395,44 @@ def sandbox_spawner() -> Iterator[SandboxSpawner]:
     made.close()
 
 
+@linux
+@pytest.mark.parametrize(("module", "function"), [(os, "pidfd_open"), (socket, "socketpair")])
+def test_a_machine_without_descriptors_disturbs_a_start_and_leaves_no_process(
+    sandbox_spawner: SandboxSpawner, monkeypatch: pytest.MonkeyPatch, module: Any, function: str
+) -> None:
+    sandbox_spawner.spawn().close()
+    assert sandbox_spawner._zygote is not None
+    zygote = sandbox_spawner._zygote.pid
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, function, fail)
+        with pytest.raises(MachineDisturbed, match="cannot start a sandbox process: Too many open files"):
+            sandbox_spawner.spawn()
+    assert Path(f"/proc/{zygote}/task/{zygote}/children").read_text() == ""
+    assert sandbox_spawner.proof is None or sandbox_spawner.proof.sealed
+    sandbox_spawner.spawn().close()
+
+
+@linux
+def test_a_proof_that_lacks_descriptors_is_made_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(SandboxSpawner()) as made:
+
+        def fail(*_: object, **__: object) -> None:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        with monkeypatch.context() as patched:
+            patched.setattr("controllers.sandbox.spawner.subprocess.Popen", fail)
+            with pytest.raises(MachineDisturbed, match="Too many open files"):
+                made.spawn()
+            assert made.proof is None
+            assert "Too many open files" in str(made.check().reason)
+        made.proof = None
+        made.spawn().close()
+
+
 def controller(sandbox_spawner: SandboxSpawner, source: str, hard_s: float = 5.0) -> SandboxedController:
     worker = sandbox_spawner.spawn(hard_s)
     worker.load(Spec("mine", source))
@@ -666,13 +707,13 @@ def test_the_seal_is_proven_at_first_and_again_after_a_fixed_number_of_processes
     monkeypatch.setattr(spawner, "PROVE_EVERY", 5)
     proven: list[Proof] = []
     made = SandboxSpawner()
-    check = made.check
+    check = made._prove
 
     def counted() -> Proof:
         proven.append(check())
         return proven[-1]
 
-    monkeypatch.setattr(made, "check", counted)
+    monkeypatch.setattr(made, "_prove", counted)
     for _ in range(11):
         made.spawn().close()
     assert len(proven) == 3

@@ -155,6 +155,11 @@ REFUSED: dict[str, tuple[bytes, tuple[int, str | None]]] = {
     "a Host with a path": (get(host=b"Host: proxy/v1/models\r\n"), (400, "bad_host")),
     "an absolute target": (sized(target=b"http://evil/tokenize"), (400, "bad_target")),
     "CONNECT": (b"CONNECT evil:80 HTTP/1.1\r\n" + HOST + b"\r\n", (400, "bad_target")),
+    "CONNECT to a path": (b"CONNECT /v1/models HTTP/1.1\r\n" + HOST + b"\r\n", (400, "bad_target")),
+    "CONNECT with an upgrade": (
+        b"CONNECT /x HTTP/1.1\r\n" + HOST + b"Connection: upgrade\r\nUpgrade: x\r\n\r\n",
+        (400, "bad_target"),
+    ),
     "a target of a star": (b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n", (400, "bad_target")),
     "a fragment": (get(b"/health#/v1/models"), (400, "bad_target")),
     "a path that begins with two slashes": (get(b"//evil/v1/models"), (400, "bad_path")),
@@ -695,6 +700,6 @@ def test_valid_targets_are_accepted(target: bytes) -> None:
 
 def test_valid_heads_are_accepted_up_to_the_header_limit() -> None:
     for host in (b"proxy", b"proxy:8400", b"127.0.0.1:1", b"[::1]:8400"):
-        check_head("1.1", b"/", [(b"host", host), *[(b"x", b"y")] * (MOST_HEADERS - 1)])
+        check_head("1.1", b"GET", b"/", [(b"host", host), *[(b"x", b"y")] * (MOST_HEADERS - 1)])
     with pytest.raises(ApiError):
-        check_head("1.1", b"/", [(b"host", b"proxy"), *[(b"x", b"y")] * MOST_HEADERS])
+        check_head("1.1", b"GET", b"/", [(b"host", b"proxy"), *[(b"x", b"y")] * MOST_HEADERS])

@@ -79,7 +79,7 @@ class ResponseContent:
         self._wake()
 
     def fail(self, error: Exception) -> None:
-        """End the body with an error, which every further read raises."""
+        """End the body with an error, which every read raises once the pieces that have arrived are read."""
         self._error = error
         self._connection = None
         if self._listener is not None:
@@ -97,11 +97,11 @@ class ResponseContent:
         return self._is_complete
 
     def read_nowait(self) -> bytes:
-        """Return what has arrived. Raises the body's error."""
-        if self._error is not None:
-            raise self._error
+        """Return what has arrived. If nothing is left, raise the body's error."""
         unread = self._unread
         if not unread:
+            if self._error is not None:
+                raise self._error
             return b""
         piece = unread[0] if len(unread) == 1 else b"".join(unread)
         unread.clear()

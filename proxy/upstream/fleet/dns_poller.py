@@ -25,13 +25,20 @@ RETRY_S: Final = 1.0
 """Maximum seconds between attempts as long as no address is known."""
 
 Resolve = Callable[[str, int], Awaitable[Collection[str]]]
-"""Returns the addresses of a host. Raises OSError."""
+"""Returns the addresses of a host. Raises OSError or UnicodeError."""
 
 
 async def resolve(host: str, port: int) -> Collection[str]:
-    """Return the addresses of a host, as the system resolves it. Raises OSError."""
+    """Return the addresses of a host, as the system resolves it. Raises OSError or UnicodeError."""
     found_addresses = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return {str(address[0]) for *_, address in found_addresses}
+
+
+def _reason(error: OSError | UnicodeError) -> str:
+    """Return why a name could not be resolved."""
+    if isinstance(error, UnicodeError):
+        return f"it is not a host name ({error})"
+    return "no answer in time" if isinstance(error, TimeoutError) else error.strerror or type(error).__name__
 
 
 class DnsPoller:
@@ -74,9 +81,8 @@ class DnsPoller:
         try:
             async with asyncio.timeout(RESOLVE_S):
                 addresses = sorted(await self._resolve(host, port))
-        except OSError as error:  # TimeoutError is one, too
-            reason = "no answer in time" if isinstance(error, TimeoutError) else error.strerror or type(error).__name__
-            self._report(f"cannot resolve upstream {host}: {reason}")
+        except (OSError, UnicodeError) as error:  # TimeoutError is an OSError
+            self._report(f"cannot resolve upstream {host}: {_reason(error)}")
             return
         self._report("")
         if len(addresses) > MAX_REPLICAS:

@@ -172,6 +172,14 @@ def test_a_store_without_a_folder_is_refused_unless_the_spill_file_has_one(tmp_p
     assert load(**UP, store=store, spill=tmp_path / "spill").store == store  # its folder may be mounted later
 
 
+def test_folders_that_cannot_be_looked_at_are_named_with_their_setting(tmp_path: Path) -> None:
+    away = tmp_path / ("x" * 300)  # like a folder without permission, it raises OSError
+    with pytest.raises(SettingsError, match=rf"store: {away}.*: File name too long; name a file in a folder you can"):
+        load(**UP, store=away / "s.db")
+    (tmp_path / "s.db").touch()
+    assert load(**UP, store=tmp_path / "s.db", keys=away / "keys.toml").keys == away / "keys.toml"
+
+
 def test_clients_of_other_servers_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.settings.checks.find_spec", lambda name: None)
     with pytest.raises(

@@ -53,6 +53,10 @@ def test_a_name_stands_for_its_addresses() -> None:
     [
         ("dns+https://a", "use dns+http: a certificate would have to name the addresses"),
         ("dns+http://10.0.0.1:8000", "10.0.0.1 is an address; name a host after dns+http://, or leave dns+ out"),
+        ("dns+http://vllm..svc:8000", "vllm..svc is not a host name: its parts must have 1 to 63 characters"),
+        (f"dns+http://{'v' * 64}.svc", "is not a host name: its parts must have 1 to 63 characters"),
+        ("http://a:8000/v1?api=1", "leave out what follows ? or #; it would not reach the upstream"),
+        ("http://a:8000/#x", "leave out what follows ? or #; it would not reach the upstream"),
         ("http://a,dns+http://b", "URL 2 of 2: dns+http://NAME:PORT must be the only upstream"),
         ("dns+http://a,http://b", "URL 1 of 2: dns+http://NAME:PORT must be the only upstream"),
         ("dns+http://a,dns+http://b", "URL 1 of 2: dns+http://NAME:PORT must be the only upstream"),

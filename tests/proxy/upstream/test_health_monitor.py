@@ -53,6 +53,24 @@ async def test_a_health_check_is_reused_until_it_is_stale() -> None:
     assert health_check.count == 2
 
 
+async def test_a_check_that_fails_by_a_fault_counts_as_unhealthy_and_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock, faults = Clock(), [ValueError("secret")]
+
+    async def check() -> bool:
+        if faults:
+            raise faults.pop()
+        return True
+
+    health_monitor = HealthMonitor(lambda: ["u"], check, Metrics(), clock)
+    assert not await health_monitor.is_ready()
+    assert "unhandled error in the proxy: ValueError" in caplog.text
+    assert "secret" not in caplog.text
+    clock.now += FRESH_S
+    assert await health_monitor.is_ready()
+
+
 @pytest.mark.parametrize(
     ("addresses", "lines"),
     [

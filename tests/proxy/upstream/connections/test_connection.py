@@ -167,6 +167,25 @@ async def test_a_body_that_breaks_off_or_has_wrong_framing_raises_payload_error(
         assert not requests._free
 
 
+async def test_pieces_that_arrived_before_a_connection_broke_are_read_first() -> None:
+    async with RawServer().serve() as server, requests_to(server.url) as requests:
+        asking = asyncio.create_task(post(requests))
+        _, writer = await server.asked()
+        writer.write(CHUNKED)
+        response = await asking
+        for piece in (b"2\r\nto\r\n", b"3\r\nken\r\n"):
+            writer.write(piece)
+        writer.close()
+        assert isinstance(response, PooledResponse)
+        for _ in range(10_000):  # the reader is busy until the connection has broken
+            await asyncio.sleep(0)
+        assert response.content._error is not None
+        assert await anext(response.content) == b"token"
+        for _ in range(2):
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await anext(response.content)
+
+
 async def test_a_body_without_length_that_a_reset_ends_raises_payload_error() -> None:
     async with RawServer().serve() as server, requests_to(server.url) as requests:
         asking = asyncio.create_task(post(requests))

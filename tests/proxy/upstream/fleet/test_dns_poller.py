@@ -32,7 +32,7 @@ class Name:
     """A name with addresses that a test changes, and the fleet behind it. All listen on one port."""
 
     def __init__(self, port: int, session: aiohttp.ClientSession, poll_s: float = 1000, user: str = "") -> None:
-        self.addresses: list[str] | OSError = list(HOSTS)
+        self.addresses: list[str] | OSError | UnicodeError = list(HOSTS)
         self.resolved = 0
         self.polled = asyncio.Event()  # the name has been resolved twice
         self.metrics = Metrics()
@@ -46,7 +46,7 @@ class Name:
         self.resolved += 1
         if self.resolved > 1:
             self.polled.set()
-        if isinstance(self.addresses, OSError):
+        if isinstance(self.addresses, OSError | UnicodeError):
             raise self.addresses
         return self.addresses
 
@@ -137,6 +137,19 @@ async def test_replicas_stay_while_the_name_cannot_be_resolved(name: Name, caplo
     assert caplog.messages == [
         "cannot resolve upstream vllm.test: Temporary failure in name resolution; its replicas stay as they are"
     ]
+    await name.ask(1)
+
+
+async def test_a_name_that_cannot_be_encoded_is_reported_and_asked_for_again(
+    name: Name, caplog: pytest.LogCaptureFixture
+) -> None:
+    name.addresses = UnicodeError("label empty or too long")
+    for _ in range(2):
+        with pytest.raises(UpstreamUnreachable, match=r"vllm\.test: it is not a host name \(label empty or too long\)"):
+            await name.ask(1)
+    assert len(caplog.messages) == 1
+    name.addresses = [HOSTS[0]]
+    await name.poller.refresh()
     await name.ask(1)
 
 
