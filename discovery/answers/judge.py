@@ -13,11 +13,13 @@ import sys
 import threading
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
 from controllers.sandbox.deadline import Clock
+from controllers.sandbox.polling import is_ready
 from controllers.sandbox.process_usage import ProcessUsage, ProcessUsageReader
 
 WORKER: Final = Path(__file__).with_name("equality_worker.py")
@@ -123,7 +125,11 @@ class Judge:
         if not worker.start(start_s):
             return EqualityResult(False, waited=True)
         begun = time.monotonic()
-        reply = worker.converse(json.dumps(pair).encode() + b"\n", self.seconds)
+        try:
+            reply = worker.converse(json.dumps(pair).encode() + b"\n", self.seconds)
+        except (OSError, ValueError):  # not the fault of the pair, which may be compared again
+            worker.stop()
+            return EqualityResult(False, waited=True)
         seconds = time.monotonic() - begun
         if reply is None:
             worker.stop()
@@ -137,8 +143,9 @@ class Judge:
             else:
                 self._known[pair] = reply == b"true"
                 _shorten(self._known)
-            for idle in (worker, *self._idle):
-                idle.launch()  # killed workers are restarted now, while no comparison waits for them
+            with suppress(OSError):  # no process can be started now; the next comparison tries again
+                for idle in (worker, *self._idle):
+                    idle.launch()  # killed workers are restarted now, while no comparison waits for them
         return EqualityResult(reply == b"true", seconds, reply is None)
 
 
@@ -167,36 +174,40 @@ class _Worker:
         )
 
     def start(self, seconds: float) -> bool:
-        """Wait up to `seconds` until the process is ready; return whether it is. Otherwise it continues to load."""
-        self.launch()
-        if not self.is_ready:
-            self.is_ready = self.converse(b"", seconds) == b"ready"
+        """Wait up to `seconds` until the process is ready; return whether it is. Otherwise it continues to load.
+
+        After an error the process is stopped, so that the next call starts another.
+        """
+        try:
+            self.launch()
+            if not self.is_ready:
+                self.is_ready = self.converse(b"", seconds) == b"ready"
+        except (OSError, ValueError):
+            self.stop()
         return self.is_ready
 
     def converse(self, question: bytes, seconds: float) -> bytes | None:
-        """Send `question` and return the line it is answered with; None if there is none within `seconds`."""
+        """Send `question` and return the line it is answered with; None if there is none within `seconds`.
+
+        None if the process ends meanwhile, too. Raises OSError or ValueError if it cannot be asked.
+        """
         process = self._process
         if process is None or process.stdin is None or process.stdout is None:
             return None
         line = b""
-        try:
-            with ProcessUsageReader(process.pid) as meter:
-                start = meter.read()
-                process.stdin.write(question)
-                while not line.endswith(b"\n"):
-                    left = self._left(seconds, start, meter.read())
-                    if not select.select([process.stdout], [], [], max(0.0, left))[
-                        0
-                    ]:  # at the deadline, check once more
-                        if left <= 0:
-                            return None
-                        continue
-                    data = process.stdout.read(4096)
-                    if not data:
+        with ProcessUsageReader(process.pid) as meter:
+            start = meter.read()
+            process.stdin.write(question)
+            while not line.endswith(b"\n"):
+                left = self._left(seconds, start, meter.read())
+                if not is_ready(process.stdout.fileno(), select.POLLIN, left):  # at the deadline, check once more
+                    if left <= 0:
                         return None
-                    line += data
-        except (OSError, ValueError):  # the process has ended or was stopped
-            return None
+                    continue
+                data = process.stdout.read(4096)
+                if not data:
+                    return None
+                line += data
         return line.strip()
 
     def _left(self, seconds: float, start: ProcessUsage, now: ProcessUsage) -> float:

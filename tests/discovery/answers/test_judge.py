@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
 
 from controllers.sandbox.deadline import Clock
 from discovery.answers import Judge
+from discovery.answers import judge as judge_module
 
 pytestmark = pytest.mark.process
 
@@ -83,3 +87,67 @@ def test_time_a_process_is_stopped_counts_by_the_wall_clock_but_not_by_the_cpu_c
 def test_an_endless_comparison_is_killed_after_its_processor_time() -> None:
     with Judge(seconds=0.5, clock=Clock.CPU) as judge:
         assert judge.compare(ENDLESS, "5").killed
+
+
+@pytest.fixture
+def many_open_files() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip("needs 2,048 open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    opened: list[int] = []
+    try:
+        while not opened or opened[-1] < 1100:  # beyond what `select` can wait for
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+        yield
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_open_files")
+def test_expressions_are_compared_while_many_files_are_open() -> None:
+    with Judge(seconds=5) as judge:
+        finding = judge.compare("1+x", "x+1")
+        assert (finding.equal, finding.waited) == (True, False)
+
+
+@pytest.mark.parametrize("is_started", [False, True])
+def test_a_process_that_cannot_be_asked_is_replaced(is_started: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bool:
+        raise OSError("too many open files")
+
+    with Judge(seconds=5) as judge:
+        if is_started:
+            assert judge.same("y+2", "2+y")
+        (worker,) = judge._workers
+        with monkeypatch.context() as patched:
+            patched.setattr(judge_module, "is_ready", fail)
+            finding = judge.compare("1+x", "x+1")
+            assert (finding.equal, finding.waited, finding.killed) == (False, True, False)
+            assert worker._process is None
+        assert judge.same("1+x", "x+1")
+        assert judge.killed == 0
+
+
+def test_without_descriptors_for_a_process_the_pair_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("too many open files")
+
+    with Judge(seconds=5) as judge:
+        with monkeypatch.context() as patched:
+            patched.setattr(subprocess, "Popen", fail)
+            assert judge.compare("1+x", "x+1").waited
+        assert judge.same("1+x", "x+1")
+
+
+def test_a_process_that_was_killed_from_outside_is_replaced() -> None:
+    with Judge(seconds=5) as judge:
+        assert judge.same("y+2", "2+y")
+        (worker,) = judge._workers
+        process = worker._process
+        assert process is not None
+        process.kill()
+        process.wait()
+        assert judge.same("1+x", "x+1")
