@@ -89,6 +89,8 @@ _MATHEMATICAL = re.compile(
 )
 _NO_WORDS = re.compile(r"[<>=^|]")
 _MARKS = re.compile(r"[^\w\s+\-/%&@#.']")
+_NEEDLESS_SPACE = re.compile(r"(?<![0-9]) | (?!\.?[0-9])")
+"""A space that does not separate two numbers."""
 _BRACKETS: Final = MappingProxyType({"(": ")", "[": "]", "\\{": "\\}", "\\langle": "\\rangle"})
 _KNOWN_WORDS: Final = MappingProxyType(
     {
@@ -428,4 +430,5 @@ def _words(text: str) -> CanonicalForm:
 
 
 def _squeezed(text: str) -> str:
-    return "".join(text.split())
+    """Remove white space, but keep a space between two numbers: `2 3` is not 23."""
+    return _NEEDLESS_SPACE.sub("", " ".join(text.split()))

@@ -357,7 +357,10 @@ class ExpressionParser(ExpressionBuilder):
                 self.take()
                 index = ""
                 while self.peek() != "}":
-                    index += self.take().text
+                    token = self.take()
+                    if not token.tight and index[-1:].isdigit() and token.text[0].isdigit():
+                        raise NotAnExpression(f"{index} {token.text}")
+                    index += token.text
                 self.take()
             else:
                 index = self.take().text
