@@ -20,10 +20,12 @@ MOST_BARE: Final = 16
 """Maximum boxes without braces that are read, from the end of the text."""
 LONGEST_READ: Final = 100_000
 """Characters at the end of a text that are searched for a box, a stated answer, a choice or a number."""
-MOST_TRIED: Final = 64
-"""Maximum positions of a text that are tried as the beginning of JSON."""
+MOST_TRIED: Final = 1024
+"""Maximum openings at the end of a text that are tried as JSON, if those at its beginning take too long."""
 MOST_SCANNED: Final = 1_000_000
-"""Maximum characters parsed without success while searching for JSON."""
+"""Maximum cost, in characters, of searching for JSON from the beginning of a text, and again from its end."""
+ATTEMPT: Final = 16
+"""Cost of an attempt to parse JSON, in characters, besides those that it reads."""
 DEEPEST_JSON: Final = 64
 """Maximum nesting of JSON; deeper values are not answers."""
 LONGEST_MATCHED: Final = 32_768
@@ -65,7 +67,8 @@ _NUMBER = re.compile(
 _LONE = re.compile(
     r"[\s*_`]*(?:(?:the )?answer:)?[\s*_`]*(?P<inner>\S.*?)[\s*_`]*\.?[\s*_`]*", re.DOTALL | re.IGNORECASE
 )
-_OPENING = re.compile(r"[{\[]")
+_OPENING = re.compile(r"\{(?=[ \t\n\r]*[\"}])|\[(?=[ \t\n\r]*(?:[\"\[\]{\d-]|true|false|null))")
+"""A bracket that may open JSON; `x_{n}` and `[see]` do not."""
 _FENCES: Final = ("```", "~~~")
 
 
@@ -210,25 +213,59 @@ def _quantity(written: str) -> Answer | None:
     return answer if answer is not None and answer.form.type is FormType.NUMBER else None
 
 
+class _JSONAttempt(NamedTuple):
+    """Result of parsing JSON at one position of a text. `answer` is None if there is none."""
+
+    answer: Answer | None
+    end: int  # of the value; the position after the opening if there is none
+    cost: int  # in characters
+
+
 def _json(text: str) -> Answer | None:
+    """Read the last object or array that is not inside another one.
+
+    Openings are tried in order, because what a value contains is skipped then. If the text makes that too slow, the
+    rest of it is tried from the end, where the largest value around the last one is searched within the same bounds.
+    """
     answer: Answer | None = None
-    at = scanned = 0
-    for _ in range(MOST_TRIED):
-        match = _OPENING.search(text, at)
-        if match is None or scanned > MOST_SCANNED:
-            break
-        begin, at = match.start(), match.end()
-        try:
-            value, at = _DECODER.raw_decode(text, begin)
-            spelled = "".join(_normalized_json(value))
-        except json.JSONDecodeError as error:
-            scanned += error.pos - begin
+    at = failed = 0
+    while (match := _OPENING.search(text, at)) is not None:
+        attempt = _parse_json(text, match.start())
+        at = attempt.end
+        if attempt.answer is not None:
+            answer = attempt.answer
             continue
-        except (ValueError, ArithmeticError, RecursionError):
-            scanned += len(text) - begin  # the position of the failure is unknown
-            continue
-        answer = Answer(text[begin:at], CanonicalForm(spelled, FormType.OTHER))
+        failed += attempt.cost
+        if failed > MOST_SCANNED:
+            return _last_json(text, at) or answer
     return answer
+
+
+def _last_json(text: str, begin: int) -> Answer | None:
+    """Return the last value after `begin`, or the largest one found around it."""
+    answer: Answer | None = None
+    last = scanned = 0  # `last` is where the answer ends
+    for match in reversed(deque(_OPENING.finditer(text, begin), maxlen=MOST_TRIED)):
+        attempt = _parse_json(text, match.start())
+        if attempt.answer is not None and attempt.end > last:
+            answer, last = attempt.answer, attempt.end
+        scanned += attempt.cost
+        if scanned > MOST_SCANNED:
+            break
+    return answer
+
+
+def _parse_json(text: str, begin: int) -> _JSONAttempt:
+    try:
+        value, end = _DECODER.raw_decode(text, begin)
+        spelled = "".join(_normalized_json(value))
+    except json.JSONDecodeError as error:
+        # the error counts the lines before it, about 64 characters in the time of parsing one
+        return _JSONAttempt(None, begin + 1, error.pos - begin + error.pos // 64 + ATTEMPT)
+    except (ValueError, ArithmeticError, RecursionError):  # the position of the failure is unknown
+        return _JSONAttempt(None, begin + 1, len(text) - begin + ATTEMPT)
+    answer = Answer(text[begin:end], CanonicalForm(spelled, FormType.OTHER))
+    return _JSONAttempt(answer, end, end - begin + ATTEMPT)
 
 
 def _refuse(constant: str) -> Any:

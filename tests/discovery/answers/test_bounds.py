@@ -136,4 +136,21 @@ def test_failed_attempts_to_parse_json_are_bounded(monkeypatch: pytest.MonkeyPat
     for size in (100_000, 400_000, 1_600_000):
         tried.clear()
         assert read_answer("[ " * 60 + "1.5," * (size // 4), parse_kind("json")) is None
-        assert sum(tried) <= 2 * max(size, extraction.MOST_SCANNED)
+        assert sum(tried) <= 2 * (max(size, extraction.MOST_SCANNED) + size)  # from both ends
+
+
+@pytest.mark.parametrize("piece", ["[", "[\n", "[1, ", "[0, 1) ", '["a', '{"a": ', "[[1], ", '["[1]", ', "{} [x]"])
+def test_attempts_to_parse_json_in_any_text_are_bounded(piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: list[int] = []
+    parse = extraction._parse_json
+
+    def counted(text: str, begin: int) -> Any:
+        attempt = parse(text, begin)
+        attempts.append(attempt.cost)
+        return attempt
+
+    monkeypatch.setattr(extraction, "_parse_json", counted)
+    text = piece * (300_000 // len(piece))
+    read_answer(text, parse_kind("json"))
+    successes = len(text) + extraction.ATTEMPT * len(text)  # of values that are skipped then
+    assert sum(attempts) <= 2 * (extraction.MOST_SCANNED + len(text)) + successes
