@@ -8,9 +8,11 @@ of a branch that finished before them. These intervals, and actions without fact
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -33,6 +35,23 @@ PROBED: Final = 1
 """Kinds of facts."""
 NONE: Final = -1
 """Stands for a missing label."""
+LONGEST_PART: Final = 240
+"""Maximum bytes of a folder's name before a hash is added; file systems allow 255."""
+_UNFIT = re.compile(r"[\0-\x1f\x7f\ud800-\udfff]")
+"""Characters that no folder is named with: control characters and half characters."""
+
+
+def _folder_of(name: str) -> Path:
+    """Return the relative folder for a name: `org/model` is two folders, and the root and `..` are left out.
+
+    Ends in a hash of the name if the folder says less than it, as for `/models/Qwen3-8B`.
+    """
+    named = [_UNFIT.sub("_", part) for part in name.split("/") if part not in ("", ".", "..")]
+    parts = [part.encode()[:LONGEST_PART].decode(errors="ignore") for part in named]
+    if not parts or "/".join(parts) != name:
+        digest = sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+        parts[-1:] = ["-".join([*parts[-1:], digest])]
+    return Path(*parts)
 
 
 class TraceWriter:
@@ -50,7 +69,8 @@ class TraceWriter:
             "interval": recordings[0].interval,
             "questions": [recording.question for recording in recordings],
         }
-        self._folder = Path(cell.model, cell.benchmark, cell.split, f"{spec.name}-beta-{beta:g}")
+        names = (cell.model, cell.benchmark, cell.split, f"{spec.name}-beta-{beta:g}")
+        self._folder = Path(*map(_folder_of, names))
 
     def save(self, folder: Path, shuffles: range, columns: Mapping[str, NDArray[Any]]) -> Path:
         """Write the columns of the job that ran `shuffles`, below `folder`; the file appears complete or not at all."""

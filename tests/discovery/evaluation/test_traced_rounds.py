@@ -10,7 +10,7 @@ import pytest
 from controllers import TO_END, Limits, Round, State, advance, answer, branch, probe, prune
 from controllers.loading import Spec
 from discovery.data.recordings import Cell, RecordedBranch, RecordedQuestion, Recording, Split, intern_answers
-from discovery.data.traces import TraceWriter, read_trace
+from discovery.data.traces import TraceWriter, read_trace, trace_files
 from discovery.evaluation.replay import ReplayEnvironment
 from discovery.evaluation.traced_rounds import NUMBERED, SHORT, RoundColumns, TracedRounds
 
@@ -81,3 +81,38 @@ def test_facts_are_numbered_as_they_first_occur_also_if_episodes_ran_at_the_same
 
 def test_columns_without_episodes_are_empty() -> None:
     assert [array.size for array in RoundColumns(50, 0).arrays().values()] == [0] * 7
+
+
+@pytest.mark.parametrize(
+    ("model", "benchmark", "controller", "folder"),
+    [
+        ("m", "b", "cmc", "m/b/search/cmc-beta-1"),
+        ("org/m", "b", "found 1", "org/m/b/search/found 1-beta-1"),
+        ("{home}/models/Qwen3-8B", "b", "cmc", "{home}/models/Qwen3-8B-????????/b/search/cmc-beta-1"),
+        ("m", "{home}/b", "cmc", "m/{home}/b-????????/search/cmc-beta-1"),
+        ("../../m", "..", "../../c", "m-????????/????????/search/c-beta-1-????????"),
+        ("m/.", "b//", "cmc", "m-????????/b-????????/search/cmc-beta-1"),
+        ("", "b", "cmc", "????????/b/search/cmc-beta-1"),
+        ("m\0\ud800", "b", "cmc", "m__-????????/b/search/cmc-beta-1"),
+        ("é" * 300, "b", "cmc", f"{'é' * 120}-????????/b/search/cmc-beta-1"),
+    ],
+)
+def test_traces_stay_in_their_folder_whatever_the_names_are(
+    tmp_path: Path, model: str, benchmark: str, controller: str, folder: str
+) -> None:
+    home = tmp_path / "a" / "b" / "c"
+    model, benchmark = (name.replace("{home}", str(tmp_path)) for name in (model, benchmark))
+    folder = folder.replace("{home}", str(tmp_path)[1:])
+    writer = TraceWriter(Spec(controller), 1.0, Cell(model, benchmark, Split.SEARCH), [_recording(50)])
+    path = writer.save(home, range(1), RoundColumns(50, 0).arrays())
+    assert path.relative_to(home).match(f"{folder}/0000.npz")
+    assert trace_files(home) == list(tmp_path.rglob("*.npz")) == [path]
+    assert (read_trace(path).about["model"], read_trace(path).about["benchmark"]) == (model, benchmark)
+
+
+def test_names_of_which_the_same_parts_are_left_have_folders_of_their_own(tmp_path: Path) -> None:
+    named = str(tmp_path)[1:]
+    for model in (named, f"/{named}", f"../{named}", f"/{named}/"):
+        writer = TraceWriter(Spec("cmc"), 1.0, Cell(model, "b", Split.SEARCH), [_recording(50)])
+        writer.save(tmp_path / "home", range(1), RoundColumns(50, 0).arrays())
+    assert len(trace_files(tmp_path / "home")) == 4
