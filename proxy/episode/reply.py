@@ -12,6 +12,7 @@ from discovery.data.recordings import RecordedBranch
 from proxy import probe_templates
 from proxy.environment.live_environment import LiveEnvironment
 from proxy.episode.bill import token_bill, usage
+from proxy.episode.deadline_vote import branches_with_leading_label, is_without_vote, read_ended_branches
 from proxy.episode.tts_object import tts_object
 from proxy.errors import DeadlinePassed, UpstreamError
 from proxy.types import LiveBranch, Message, Plan, Reply
@@ -47,9 +48,10 @@ async def compose_reply(
     if state.stop is Stop.DEADLINE and state.answer is None and not any(branch.ids for branch in environment.branches):
         raise deadline_error()
     completed = environment.meter.completed
-    index = _select_branch(environment, state)
+    ends_at = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+    index = await _select_branch(environment, state, timeout_s)
     try:
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout_at(ends_at):
             message, agreed = await _finished_message(plan, environment, index, state)
     except TimeoutError:
         message, agreed = _message_as_is(plan, environment, index, state)
@@ -91,14 +93,19 @@ def deadline_error() -> DeadlinePassed:
     return DeadlinePassed(message, param="tts.deadline_s", code="deadline_passed")
 
 
-def _select_branch(environment: LiveEnvironment, state: State) -> int:
+async def _select_branch(environment: LiveEnvironment, state: State, timeout_s: float | None) -> int:
     """Return the index of the branch whose text the client reads.
 
     With an answer, this is the shortest finished branch with that answer. If there is none, it is the longest branch
     whose latest probe gave that answer: running branches come first, then branches that were not pruned. Without an
-    answer, it is the longest branch that finished, or else the longest branch.
+    answer, it is the longest branch that finished, or else the longest branch. If the deadline was the reason, branches
+    that finished in the cut round vote first, as far as they can be read within `timeout_s`.
     """
     branches, answer = environment.branches, state.answer
+    if is_without_vote(state):
+        ended = branches_with_leading_label(state, await read_ended_branches(environment, timeout_s))
+        if ended:
+            return min(ended, key=lambda i: len(branches[i].ids))
     if answer is None:
         return max(range(len(branches)), key=lambda i: (branches[i].finish == "stop", len(branches[i].ids)))
     finished = [i for i, branch in enumerate(branches) if branch.finish is not None and branch.label == answer]

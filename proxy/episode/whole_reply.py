@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +14,7 @@ from proxy.environment.reply_environment import ReplyBranch, ReplyEnvironment
 from proxy.environment.reply_votes import SelectedBy, SelectedReply, select_by_overlap
 from proxy.environment.selection.reply_judge import JudgeOutcome, ReplyJudgement, judge_replies
 from proxy.episode.bill import token_bill, usage
+from proxy.episode.deadline_vote import branches_with_leading_label, is_without_vote
 from proxy.episode.reply import deadline_error
 from proxy.episode.tts_object import tts_object
 from proxy.reply_request import JudgeLimits, ReplyRequest
@@ -84,7 +85,8 @@ async def _select(plan: Plan, environment: ReplyEnvironment, state: State, timeo
     """Return the branch that the client reads.
 
     It is the one nearest to the vote of the finished branches on tool calls or JSON. In a vote on texts it is the
-    shortest finished branch with the controller's answer. If the request asks for it, the model compares the replies.
+    shortest finished branch with the controller's answer, or with the plurality of the replies that had ended if the
+    deadline cut the round before the controller had one. If the request asks for it, the model compares the replies.
     Without a vote it is the longest complete reply, or else the longest reply.
     """
     branches = environment.branches
@@ -101,7 +103,9 @@ async def _select(plan: Plan, environment: ReplyEnvironment, state: State, timeo
     judge = environment.request.judge
     if judge is not None and environment.candidates:
         return await _select_by_text(plan, environment, state, judge)
-    agreeing = [index for index in voted if branches[index].label == state.answer]
+    agreeing: Collection[int] = [index for index in voted if branches[index].label == state.answer]
+    if is_without_vote(state):
+        agreeing = branches_with_leading_label(state, {index: branches[index].label for index in voted})
     if agreeing:
         return SelectedReply(min(agreeing, key=lambda index: len(branches[index].ids)), by=SelectedBy.VOTE)
     if not branches:

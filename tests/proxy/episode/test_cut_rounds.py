@@ -6,11 +6,16 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from proxy.episode.deadline_vote import read_ended_branches
 from proxy.server import running
 from proxy.settings import load
+from proxy.types import LiveBranch
+from proxy.upstream.client import UpstreamClient
+from tests.chat_fake import Held
 from tests.fakes import FakeVLLM, chain
-from tests.proxy.conftest import SMALL, Proxy
-from tests.proxy.episode.test_whole_replies import ask, call, fake, served
+from tests.proxy.conftest import INTERVAL, SMALL, Proxy
+from tests.proxy.environment.test_call_continuation import environment as live_environment
+from tests.proxy.episode.test_whole_replies import ask, call, fake, served, text
 
 
 @pytest.mark.parametrize("fault", ["cut", "lie"])
@@ -47,3 +52,61 @@ async def test_a_finished_reply_needs_no_further_answer_of_the_upstream() -> Non
     assert reply["choices"][0]["message"]["content"] == "It is \\boxed{7}"
     assert (reply["tts"]["stop"], reply["tts"]["agreed"]) == ("answered", True)
     assert 0 < reply["usage"]["completion_tokens_details"]["reasoning_tokens"] < reply["usage"]["completion_tokens"]
+
+
+ENDED = {"votes": [("7", 300), ("7", 120), ("9", 400)], "tie": [("9", 400), ("7", 120)], "none": [("", 120), ("", 300)]}
+"""Answers and lengths of the branches that end in the round that the deadline cuts. One more branch hangs."""
+
+
+@pytest.mark.parametrize(("case", "length"), [("votes", 120), ("tie", 400), ("none", 300)])
+async def test_branches_that_ended_in_the_round_that_the_deadline_cuts_vote(case: str, length: int) -> None:
+    """Without an answer the longest of them is the reply. At equal votes the branch that was opened first leads."""
+    chains = [chain(answer, tokens, mark=chr(97 + i)) for i, (answer, tokens) in enumerate(ENDED[case])]
+    async with (
+        FakeVLLM([*chains, chain("5", 900, mark="z")], INTERVAL).serve() as backend,
+        running(load(upstream=backend.url, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+    ):
+        proxy = Proxy(backend, url, http, None)  # type: ignore[arg-type]
+        backend.fault, backend.fault_after = "hang", len(chains)
+        tts = {"controller": f"self_consistency@{len(chains) + 1}", "answer": "boxed", "deadline_s": 1.0}
+        status, _, reply = await proxy.ask("0.5", seed=5, tts=tts)
+        assert status == 200, reply
+        assert len(backend.requests) == len(chains) + 1  # reading the answers takes no further request
+    bill = dict(reply["tts"]["tokens"])
+    assert (reply["tts"]["stop"], reply["tts"]["votes"], bill["winner"]) == ("deadline", {}, length)
+    assert bill.pop("total") == sum(bill.values()) == reply["usage"]["completion_tokens"]
+
+
+async def test_reading_the_ended_branches_sends_nothing_and_changes_nothing(backend: FakeVLLM) -> None:
+    """A stop string has cut the second reply before its answer, for which `read_finished` would probe it."""
+    texts = ["<think>a</think>\n\nIt is \\boxed{7}", "<think>a</think>\n\nIt"]
+    async with aiohttp.ClientSession() as http:
+        environment = live_environment(UpstreamClient(backend.url, http), stop=[" is"])
+        for reply in texts:
+            branch = LiveBranch([*map(ord, reply)], reply, finish="stop", ended_by_stop_string=reply == texts[1])
+            environment.branches.append(branch)
+        environment.branches.append(LiveBranch([1], "a"))
+        assert await read_ended_branches(environment, None) == {0: 0, 1: None}
+        assert not any(branch.is_read or branch.answer or branch.label for branch in environment.branches)
+        assert (len(environment.labels), environment.meter.billed) == (0, 0)
+        assert backend.requests == []
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        (["It is \\boxed{7}, I think.", "So \\boxed{7}.", "It is, as I said before, \\boxed{9}."], "So \\boxed{7}."),
+        (["It is, as I said, \\boxed{9}.", "So \\boxed{7}."], "It is, as I said, \\boxed{9}."),
+        (["I cannot say.", "I do not know that."], "I do not know that."),
+    ],
+)
+async def test_replies_that_ended_in_the_round_that_the_deadline_cuts_vote(answers: list[str], expected: str) -> None:
+    async with served([*map(text, answers), text("x" * 200)]) as proxy:
+        fake(proxy).held = Held(100)
+        tts = {"controller": f"self_consistency@{len(answers) + 1}", "answer": "boxed", "deadline_s": 0.5}
+        status, _, reply = await ask(proxy, tools=None, presence_penalty=0.5, tts=tts)
+        assert status == 200, reply
+        assert reply["choices"][0]["message"]["content"] == expected
+        assert reply["tts"]["stop"] == "deadline"
+        assert reply["tts"]["tokens"]["total"] == proxy.backend.generated == reply["usage"]["completion_tokens"]
