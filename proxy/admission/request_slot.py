@@ -14,7 +14,7 @@ from starlette.responses import Response
 from proxy.admission.auth import Caller, limit_processes
 from proxy.admission.fair_queue import FairQueue, Permit, QueueFull
 from proxy.admission.limits import LimitUsage, Place, RequestLimits
-from proxy.admission.token_bound import GENERATES_NOTHING, TokenBound, bound_request
+from proxy.admission.token_bound import GENERATES_NOTHING, TokenBound, bound_request, check_prompts
 from proxy.admission.token_budget import (
     BudgetExceeded,
     Caps,
@@ -178,11 +178,12 @@ class RequestSlots:
     async def acquire_episodes(self, request: Request, max_tokens: int | None, count: int) -> Sequence[RequestSlot]:
         """Return slots for `count` episodes of one request, one for each prompt. They share its limit evenly.
 
-        Raises TooMany or LimitsAway, and BadRequest for more prompts than can ever be admitted at once.
+        Raises TooMany or LimitsAway, and BadRequest for more prompts than can ever be admitted or paid for at once.
         """
         caller: Caller = request.state.caller
         self._check_count(caller, count)
-        tokens, source = self._request_limit(caller, max_tokens)
+        limit = tokens, source = self._request_limit(caller, max_tokens)
+        check_prompts(limit, count, is_clients=source == "tts.max_total_tokens")
         share = None if tokens is None else max(1, tokens // count)
         caps = EpisodeCaps(self.branch_cap(caller), share, f"the share of each of {count} prompts in {source}", count)
         return [await self._acquire_episode(request, caller, caps) for _ in range(count)]

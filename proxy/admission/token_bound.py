@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
-from proxy.admission.token_budget import Caps, request_limit, smaller
+from proxy.admission.token_budget import Caps, TokenLimit, request_limit, smaller
 from proxy.errors import BadRequest
 from proxy.requests.anthropic_request import MessagesRequest
 from proxy.requests.chat_request import ChatRequest
@@ -77,7 +77,26 @@ class _CallerCaps(NamedTuple):
             return
         period = "a minute" if "minute" in source.lower() else "a request"
         total = f" for each of {completions} completions, {total_tokens} tokens in all" if completions > 1 else ""
-        raise BadRequest(f"{reason}{total}; {source} is {cap} tokens {period}", param=param, code="cap_too_small")
+        remedy = "; send fewer prompts or a smaller n, set fewer tokens for each, or raise the limit"
+        message = f"{reason}{total}; {source} is {cap} tokens {period}{remedy if completions > 1 else ''}"
+        raise BadRequest(message, param=param, code="cap_too_small")
+
+
+def check_prompts(limit: TokenLimit, count: int, *, is_clients: bool) -> None:
+    """Raise BadRequest if `limit` has not even one token for each of `count` prompts under β.
+
+    Their reservations would never fit, however long the client waits. `is_clients` says whether the request set the
+    limit itself.
+    """
+    if limit.tokens is None or limit.tokens >= count:
+        return
+    raising = "raise it" if is_clients else "ask the operator to raise the limit"
+    raise BadRequest(
+        f"prompt has {count} prompts, but {limit.source.rstrip(',')} is {limit.tokens} tokens, which is less than one "
+        f"for each; send fewer prompts in a request, or {raising}",
+        param="tts.max_total_tokens" if is_clients else "prompt",
+        code="cap_too_small",
+    )
 
 
 def bound_request(

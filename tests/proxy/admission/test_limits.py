@@ -242,3 +242,24 @@ async def test_more_prompts_than_can_ever_be_admitted_are_a_bad_request(
     assert f"prompt has {most + 1} prompts, but at most {most} can run and wait at once" in str(refused.value)
     assert str(refused.value).endswith(f"ask the operator to raise {raised}")
     assert (slots.episodes.in_flight, slots.episodes.waiting) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("caps", "requested", "source", "param"),
+    [
+        ({"tokens_per_minute": 8}, None, "a quarter of the limit `tokens_per_minute` of key alice (8)", "prompt"),
+        ({"tokens_per_minute": 8}, 100, "the limit `tokens_per_minute` of key alice is 8 tokens", "prompt"),
+        ({"tokens_per_minute": 8}, 4, "tts.max_total_tokens is 4 tokens", "tts.max_total_tokens"),
+    ],
+)
+async def test_more_prompts_than_a_minute_has_tokens_are_a_bad_request_and_not_a_rate_limit(
+    make_limits: Make, caps: dict[str, int], requested: int | None, source: str, param: str
+) -> None:
+    """A client that obeyed `retry-after` would ask for ever."""
+    slots = RequestSlots(load(), Metrics(), await make_limits(None))
+    with pytest.raises(BadRequest) as refused:
+        await slots.acquire_episodes(sent_by("alice", **caps), requested, 9)
+    assert (refused.value.param, refused.value.code) == (param, "cap_too_small")
+    assert source in str(refused.value)
+    assert "send fewer prompts in a request, or " in str(refused.value)
+    assert (slots.episodes.in_flight, slots.episodes.waiting) == (0, 0)
