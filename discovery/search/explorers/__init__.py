@@ -38,6 +38,11 @@ class Candidate:
         """Hash of the source, the same as `Spec.digest`."""
         return sha256(self.source.encode()).hexdigest()
 
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the file is another one with tuned numbers; the genome is then of `Tuned`, not of the explorer."""
+        return "root" in self.genome
+
 
 class ScoredCandidate(NamedTuple):
     """A candidate with its rounded result on the search split, the only facts that explorers may know about it."""

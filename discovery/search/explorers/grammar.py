@@ -53,7 +53,11 @@ class Grammar:
 
         If the episodes have no probes, no genome probes.
         """
-        mine = [standing for standing in context.standings if standing.candidate.explorer == self.name]
+        mine = [
+            standing
+            for standing in context.standings
+            if standing.candidate.explorer == self.name and not standing.candidate.is_tuned
+        ]
         if not mine:
             first = [genome for genome in CLASSICS if context.has_probes or not may_probe(genome)]
             return [self._candidate(context, at, genome, {}) for at, genome in enumerate(first)]

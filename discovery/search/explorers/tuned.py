@@ -82,7 +82,12 @@ class Tuned:
 
 
 def spots_of(source: str) -> list[Spot]:
-    """Return the constants in the constructors of a file; none if it cannot be parsed."""
+    """Return the constants in the constructors of a file; none if it cannot be parsed.
+
+    There are none either if a line ends with a lone carriage return, because `varied` counts line feeds.
+    """
+    if "\r" in source.replace("\r\n", ""):
+        return []
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError, SystemError):

@@ -15,6 +15,7 @@ from discovery.search.cascade import BASELINE
 from discovery.search.explorers import Candidate, ExplorerContext, ScoredCandidate
 from discovery.search.explorers.evolution import Vector, next_generation
 from discovery.search.explorers.files import Files
+from discovery.search.explorers.grammar import Grammar
 from discovery.search.explorers.tuned import Tuned, spots_of, varied
 
 SOURCE = '''"""β goes in, 7 comes out."""
@@ -106,3 +107,19 @@ def test_generations_approach_the_optimum(seed: int) -> None:
             scored.append((child, -float(((child - top) ** 2).sum())))
     assert max(score for _, score in scored[:6]) < -0.1
     assert max(score for _, score in scored) > -0.01
+
+
+def test_the_grammar_goes_on_beside_its_tuned_files() -> None:
+    standings: list[ScoredCandidate] = []
+    for step in range(1, 8):
+        made = Tuned(Grammar(batch=2), batch=2).propose(ExplorerContext(3, step, standings))
+        assert {one.is_tuned for one in made} == {step % 2 == 0}
+        standings += [standing(one, 50.0 + step + at) for at, one in enumerate(made)]
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n"])
+def test_numbers_are_tuned_only_if_no_line_ends_with_a_lone_carriage_return(end: str) -> None:
+    source = SOURCE.replace("\n", end)
+    spots = spots_of(source)
+    assert len(spots) == (0 if end == "\r" else len(VALUES))
+    assert varied(source, spots, np.zeros(len(spots))) == source
