@@ -21,7 +21,9 @@ from typing import Final, NoReturn
 from controllers.sandbox import seal
 
 READABLE: Final = (
-    *("/usr", "/bin", "/lib", "/lib64", "/etc/ssl", "/etc/alternatives", "/etc/ld.so.cache", "/etc/localtime"),
+    *("/usr", "/bin", "/lib", "/lib64", "/etc/alternatives", "/etc/ld.so.cache", "/etc/localtime"),
+    *("/etc/ssl/certs", "/etc/ssl/openssl.cnf", "/etc/ca-certificates"),  # not /etc/ssl/private, which holds keys
+    *("/etc/pki/tls/certs", "/etc/pki/ca-trust/extracted"),
     *("/etc/passwd", "/etc/group", "/etc/nsswitch.conf", "/etc/resolv.conf", "/etc/hosts", "/etc/host.conf"),
     *("/dev/urandom", "/dev/random", "/dev/zero", "/proc/self", "/proc/cpuinfo", "/proc/meminfo"),
 )

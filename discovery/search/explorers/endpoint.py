@@ -92,10 +92,14 @@ class LLMSettings(BaseModel):
         return (prompt * each_prompt + completion * each_completion) / MILLION
 
     def worst_case(self, request: Mapping[str, Any]) -> float:
-        """Return the maximum cost of a request in USD, counting one token per byte of the prompt."""
+        """Return the maximum cost of a request in USD, counting one token per byte of the prompt.
+
+        The limit of the reply is that of the request, which may be an earlier one than this run's.
+        """
         messages = request["messages"]
         prompt = sum(len(message["content"].encode()) + OVERHEAD for message in messages)
-        return self.price(request["model"], prompt, self.max_tokens)
+        completion = next((request[name] for name in LIMITS if name in request), self.max_tokens)
+        return self.price(request["model"], prompt, completion)
 
 
 class CallCosts(NamedTuple):
@@ -160,14 +164,19 @@ class Endpoint:
     def _check_budget(self, request: Mapping[str, Any]) -> None:
         """Raise BudgetExhausted if the request could exceed the budget.
 
-        Calls of unknown cost count with their maximum.
+        Calls of unknown cost count with their maximum. Raises ExplorerError if calls were paid at an unknown price.
         """
         given = self._settings
         if given.usd is None:
             return
         spent = 0.0
         for past_request, response in self._transcript.exchanges():
-            bill = self.bill(past_request, response)
+            bill, model = self.bill(past_request, response), past_request["model"]
+            if model not in given.prices and (bill.unknown or bill.cost != Cost()):
+                raise ExplorerError(
+                    f"prices: the price of {model} is missing, and the transcript holds calls of it, which count "
+                    "against the budget; keep its price in `prices`"
+                )
             spent += given.worst_case(past_request) if bill.unknown else bill.cost.usd
         most = given.worst_case(request)
         if spent + most > given.usd:
@@ -212,6 +221,11 @@ class Conversation:
         self._step = step
         self._calls = 0
         self._owed = CallCosts()
+
+    @property
+    def calls(self) -> int:
+        """Number of calls so far, failed and replayed ones included."""
+        return self._calls
 
     def settle(self) -> CallCosts:
         """Return the cost of all calls since the last `settle`, failed ones included."""

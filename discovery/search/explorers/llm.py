@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 from controllers.advice import advise
 from controllers.loading import LARGEST
-from discovery.errors import ExplorerError
+from discovery.errors import BudgetExhausted, ExplorerError
 from discovery.search.explorers import Candidate, ExplorerContext
 from discovery.search.explorers.endpoint import CallCosts, Conversation, Endpoint, LLMSettings, Sleep
 from discovery.search.explorers.transcript import Transcript
@@ -34,9 +34,10 @@ class LLM:
     """Proposes files that a model writes; implements `Explorer`. All requests and responses are in `transcript`.
 
     A step asks for `settings.proposals` files, one conversation each. If the reply holds no file, or one that fails the
-    static check or was tried already, the model is asked once to repair it. A file that is still wrong is proposed
-    anyway: the cascade reports the failure to the next author, and its cost is recorded. A candidate's cost is what the
-    endpoint billed, repairs and failed calls included; calls of unknown cost are counted in its genome. `Cost.seconds`
+    static check or was tried already, the model is asked once to repair it. A file that is still wrong, or whose repair
+    fails or cannot be paid, is proposed anyway: the cascade reports the failure to the next author, and its cost is
+    recorded. A candidate's cost is what the endpoint billed, repairs and failed calls included; calls of unknown cost
+    are counted in its genome. `Cost.seconds`
     stays 0, so that a replayed run is identical.
     """
 
@@ -82,8 +83,13 @@ class LLM:
                 {"role": "assistant", "content": _without_reasoning(reply) or "(nothing)"},
                 {"role": "user", "content": REPAIR.format(wrong=wrong)},
             ]
-            reply = conversation.say(model, messages)
-            draft = _read(reply, tried)
+            calls = conversation.calls
+            try:
+                draft = _read(conversation.say(model, messages), tried)
+            except ExplorerError as error:
+                if conversation.calls == calls and not isinstance(error, BudgetExhausted):
+                    raise  # the call could not be made, such as without a key; a resumed run makes it
+                repaired = False
         parent, bill = draw_parent(shown), conversation.settle()
         return Candidate(
             name=f"llm-{context.step:04d}" + (f"-{number}" if number else ""),

@@ -347,8 +347,12 @@ def test_failed_calls_and_calls_of_unknown_cost_count_against_the_budget(
         if left == 0:
             assert explorer.propose(CONTEXT)
         else:
-            with pytest.raises(ExplorerError, match="the budget is"):
-                explorer.propose(CONTEXT)
+            if first is failing:
+                with pytest.raises(ExplorerError, match="the budget is"):
+                    explorer.propose(CONTEXT)
+            else:  # the draft is kept if its repair cannot be paid
+                (draft,) = explorer.propose(CONTEXT)
+                assert (draft.source, draft.cost.usd, draft.genome["repaired"]) == (BROKEN, left, False)
             with pytest.raises(ExplorerError, match="the budget is"):  # a new process counts the spent calls
                 llm(server, path=path, usd=bound).propose(replace(CONTEXT, step=99))
 
@@ -527,6 +531,44 @@ def test_a_reply_with_a_lone_surrogate_becomes_a_valid_candidate() -> None:
     assert draft.wrong == []
 
 
+# Money spent before
+
+
+def test_the_draft_and_its_cost_are_kept_if_its_repair_fails(server: ScriptedEndpoint, tmp_path: Path) -> None:
+    path = tmp_path / "exchanges.jsonl"
+    made = llm(server, completion(reply_with(BROKEN)), (401, {}, {}), path=path).propose(CONTEXT)
+    assert [(one.source, one.cost.usd) for one in made] == [(BROKEN, usd(1000, 200))]
+    assert llm(server, path=path, api_key=None).propose(CONTEXT) == made
+
+
+def test_a_repair_that_was_never_asked_for_is_made_when_the_run_is_resumed(
+    server: ScriptedEndpoint, tmp_path: Path
+) -> None:
+    path = tmp_path / "exchanges.jsonl"
+    llm(server, completion(reply_with(BROKEN)), completion(reply_with(GOOD)), path=path).propose(CONTEXT)
+    path.write_bytes(path.read_bytes().split(b"\n")[0] + b"\n")
+    with pytest.raises(ExplorerError, match=f"{KEY} is not set"):
+        llm(server, path=path, api_key=None).propose(CONTEXT)
+
+
+def test_calls_of_a_model_without_a_price_are_refused_under_a_budget(server: ScriptedEndpoint, tmp_path: Path) -> None:
+    path = tmp_path / "exchanges.jsonl"
+    llm(server, completion(reply_with(GOOD)), path=path).propose(CONTEXT)
+    other: dict[str, Any] = {"models": {"other": 1}, "usd": 100}
+    later = replace(CONTEXT, step=4)
+    with pytest.raises(ExplorerError, match=r"the price of m is missing.*keep its price in `prices`"):
+        llm(server, path=path, prices={"other": (1.0, 1.0)}, **other).propose(later)
+    kept = {"other": (1.0, 1.0), "m": (3.0, 15.0)}
+    assert llm(server, completion(reply_with(GOOD)), path=path, prices=kept, **other).propose(later)
+
+
+def test_a_past_call_of_unknown_cost_counts_with_its_own_limit(server: ScriptedEndpoint, tmp_path: Path) -> None:
+    path = tmp_path / "exchanges.jsonl"
+    llm(server, completion(reply_with(GOOD), None), path=path, max_tokens=100_000).propose(CONTEXT)
+    with pytest.raises(ExplorerError, match=r"up to 1\.5\d* are spent"):
+        llm(server, path=path, max_tokens=10, usd=1.5).propose(replace(CONTEXT, step=4))
+
+
 # Agents
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux confines agents")
@@ -620,6 +662,21 @@ def test_an_agent_may_use_its_workspace_and_read_readable_folders(root: Path, tm
     assert shell(root, script, readable=[extra]).propose(CONTEXT)[0].source == "# all\n"
     assert log(root).splitlines()[:3] == ["a gift", "1", "42"]
     assert "Permission denied" in log(root).splitlines()[3]
+
+
+@pytest.mark.process
+@linux
+def test_an_agent_reads_certificates_but_no_private_keys(root: Path) -> None:
+    bundle = Path("/etc/ssl/certs/ca-certificates.crt")
+    if not bundle.exists():
+        pytest.skip(f"{bundle} does not exist")
+    script = (
+        f"head -c 9 {bundle} >/dev/null && echo bundle; ls /etc/ssl/private || echo refused; echo '# x' > candidate.py"
+    )
+    shell(root, script).propose(CONTEXT)
+    output = log(root).splitlines()
+    assert (output[0], output[-1]) == ("bundle", "refused")
+    assert Path("/etc/ssl") not in map(Path, confine.READABLE)
 
 
 @pytest.mark.process
