@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from discovery.data.safe_json import parse_json
-from discovery.errors import FileWriteError
+from discovery.errors import FileWriteError, HistoryError
 from discovery.search.explorers import Candidate
 from discovery.search.history import History
 from discovery.search.prompt import HEADING
@@ -60,6 +60,23 @@ def controller_file(folder: Path, history: History, winner: Candidate, tried: Se
     if free != paths[0]:
         log.warning("%s, or its card, is not of this search; the controller is written to %s instead", paths[0], free)
     return free
+
+
+def winner_file(record: Path) -> Path:
+    """Return the file of the winner that a run chose last; winners of before it was resumed may be beside it.
+
+    Raises HistoryError if the run has chosen none, or its file and card are not in the folder of the record.
+    """
+    history = History.read(record)
+    chosen = history.bodies("chosen")
+    if not chosen:
+        raise HistoryError(f"{record}: the search has not chosen a winner; continue it with --resume")
+    digest = chosen[-1]["digest"]
+    for path in sorted(record.parent.glob("*.py")):
+        is_winner = path.is_file() and sha256(path.read_bytes()).hexdigest() == digest
+        if is_winner and _card_digest(path.with_suffix(".json"), history) == digest:
+            return path
+    raise HistoryError(f"{record.parent}: the winner's file or card is missing; write it again with --resume")
 
 
 def _is_of_run(path: Path, history: History, winner: Candidate, digests: set[str]) -> bool:

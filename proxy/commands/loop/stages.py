@@ -16,6 +16,7 @@ from deploy.embedded.task import Problem, problems
 from discovery.data.atomic_files import atomic_write
 from discovery.data.recordings import Split
 from discovery.promotion.verdict import GateReport, GateVerdict, report_of
+from discovery.search.output_files import winner_file
 from proxy.commands.loop.live_requests import LiveAnswer, ask_all, mean_interval, right_of, tokens_of
 from proxy.commands.loop.measurements import RIVALS, HeldOutScores
 from proxy.commands.loop.progress import LoopProgress
@@ -134,14 +135,15 @@ class LoopStages:
 
     async def _discover(self) -> dict[str, Any]:
         out = self.folder / "search"
-        resume = ["--resume"] if (out / "history.jsonl").exists() else []
+        record = out / "history.jsonl"
+        resume = ["--resume"] if record.exists() else []
         await self.runner.run(
             *("discover", "--recordings", str(self.recordings), "--out", str(out), *resume),
             *("--minutes", f"{self.plan.minutes:g}", "--seed", str(self.plan.seed)),
             *("--latency", f"{self.plan.latency:g}"),
             *("--champions", ",".join(CHAMPIONS)),
         )
-        (file,) = (path for path in out.glob("*.py"))
+        file = winner_file(record)
         card = json.loads(file.with_suffix(".json").read_bytes())
         name = f"found_{card['digest'][:8]}"
         for suffix in (".py", ".json"):

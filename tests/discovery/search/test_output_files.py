@@ -13,7 +13,7 @@ from discovery.errors import FileWriteError, HistoryError
 from discovery.search.explorers import Candidate
 from discovery.search.explorers.transcript import Transcript
 from discovery.search.history import History
-from discovery.search.output_files import check_new_run, check_resumed_run, controller_file
+from discovery.search.output_files import check_new_run, check_resumed_run, controller_file, winner_file
 from discovery.search.prompt import HEADING
 
 SETTINGS: dict[str, Any] = {"explorer": "grammar", "seed": 3, "cells": ["m b search"]}
@@ -116,3 +116,16 @@ def test_a_line_that_no_search_wrote_is_not_removed_as_a_torn_one(tmp_path: Path
     assert notes.read_text() == "mine"
     notes.write_text('{"ki')
     assert History.resume(notes, SETTINGS).bodies("begun") == [SETTINGS]
+
+
+def test_the_winner_is_the_file_that_the_run_chose_last(history: History, tmp_path: Path) -> None:
+    with pytest.raises(HistoryError, match="has not chosen a winner"):
+        winner_file(history.path)
+    for stem, candidate in (("a", OTHER), ("b", WINNER)):
+        (tmp_path / f"{stem}.py").write_text(candidate.source)
+        write_card(tmp_path / f"{stem}.json", candidate)
+        history.append("chosen", {"digest": candidate.digest})
+        assert winner_file(history.path) == tmp_path / f"{stem}.py"
+    (tmp_path / "b.json").unlink()
+    with pytest.raises(HistoryError, match="the winner's file or card is missing"):
+        winner_file(history.path)
