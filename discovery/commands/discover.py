@@ -50,19 +50,28 @@ from discovery.evaluation.replay_jobs import ReplayRules
 from discovery.evaluation.search_split import export_search_split, exported_questions, recordings_digest
 from discovery.evaluation.sources import open_source, select_cells
 from discovery.promotion.searched_questions import with_searched
-from discovery.search.cascade import BASELINE, Cascade, CascadePlan
-from discovery.search.explorers import Candidate
+from discovery.search.cascade import Cascade, CascadePlan
+from discovery.search.explorers import Candidate, Explorer
 from discovery.search.explorers.catalogue import EXPORT, WORKSPACES, ExplorerName, ExplorerOptions, make_explorer
 from discovery.search.explorers.tuned import Tuned
 from discovery.search.fixed_recordings import fixed_recordings
 from discovery.search.halving import FEWEST_ORDERS, last_orders, rungs_below
 from discovery.search.history import History
 from discovery.search.kernel.jit import is_available
-from discovery.search.loop import Digester, Finalist, SearchLimits, SearchLoop, card, final_shuffles, read_pairs
+from discovery.search.loop import (
+    Digester,
+    Finalist,
+    SearchLimits,
+    SearchLoop,
+    better_baseline,
+    card,
+    final_shuffles,
+    read_pairs,
+)
 from discovery.search.output_files import check_new_run, check_resumed_run, controller_file
 from discovery.search.prompt import SYSTEM, USER, join_blocks
 from discovery.search.trace_digest import digest_traces
-from discovery.search.trial_pool import KEPT_CELLS, TrialPool, TrialSettings, can_be_probed
+from discovery.search.trial_pool import KEPT_CELLS, TrialPool, TrialSettings, can_be_probed, recording_width_warnings
 from discovery.store import SearchRun, StorePlace, TriedCandidate, parse_place
 
 if TYPE_CHECKING:
@@ -168,7 +177,7 @@ def discover(
     shown = parse_shown_signals(signals)
     compiled = choose_runner(explorer, tune, kernel)
     options = ExplorerOptions(folder, llm, command, budget_usd, VARIED if compiled else 0)
-    chosen = Tuned(make_explorer(explorer, options, out)) if tune else make_explorer(explorer, options, out)
+    chosen = None if resume else _explorer(explorer, options, out, tune)
     cells, compared = load_search_split(recordings, split_names(models), split_names(benchmarks), answers)
     rivals = [parse_spec(name) for name in split_names(champions)]
     has_probes = can_be_probed(cells)
@@ -199,29 +208,37 @@ def discover(
         "tune": tune,
         **({} if has_probes else {"has_probes": False}),
     }
-    history = History.resume(record, settings) if resume else History.begin(record, settings)
-    if explorer is ExplorerName.AGENT and not (out / EXPORT).exists():
-        export_search_split(recordings, out / EXPORT, answers=answers)
-    rules = ReplayRules(probe_tokens=probe_tokens, signals=shown)
-    probes = {cell: probe_problem(of_cell, probe_tokens) for cell, of_cell in cells.items()}
-    for line in (*recording_width_warnings(cells, rules.max_branches), *probe_warnings(probes)):
-        log.warning("%s", line)
-    with ExitStack() as stack:
-        cascade, arena = make_cascade(stack, cells, rules, plan, SearchWorkers(engine, workers, address), compiled)
-        digester = None if explorer is ExplorerName.GRAMMAR else _digester(cascade, arena)
-        run = SearchLoop(chosen, cascade, history, seed, digester)
-        with SearchProgressBar(rounds) as bar:
-            run.search(SearchLimits(rounds, budget_usd, minutes), bar.step)
-        with atomic_write(context) as file:
-            file.write(join_blocks([*SYSTEM, *USER], run.context()).encode())
-        finalist = run.choose_finalist(final_shuffles(questions), choosing=orders if compiled else None)
-    if store is not None:
-        store_search(run, store, settings)
-    about = card(run, finalist, {"cells": settings["cells"], "questions": questions}, settings)
-    seen = {recording.question for of_cell in cells.values() for recording in of_cell}
-    if explorer is ExplorerName.AGENT:
-        seen |= exported_questions(recordings)  # the export has all models and benchmarks
-    _write_finalist(run, finalist, out, with_searched(about, seen))
+    with History.resume(record, settings) if resume else History.begin(record, settings) as history:
+        if chosen is None:  # only now: its transcript may be read when no other process writes it
+            chosen = _explorer(explorer, options, out, tune)
+        if explorer is ExplorerName.AGENT and not (out / EXPORT).exists():
+            export_search_split(recordings, out / EXPORT, answers=answers)
+        rules = ReplayRules(probe_tokens=probe_tokens, signals=shown)
+        probes = {cell: probe_problem(of_cell, probe_tokens) for cell, of_cell in cells.items()}
+        for line in (*recording_width_warnings(cells, rules.max_branches), *probe_warnings(probes)):
+            log.warning("%s", line)
+        with ExitStack() as stack:
+            cascade, arena = make_cascade(stack, cells, rules, plan, SearchWorkers(engine, workers, address), compiled)
+            digester = None if explorer is ExplorerName.GRAMMAR else _digester(cascade, arena)
+            run = SearchLoop(chosen, cascade, history, seed, digester)
+            with SearchProgressBar(rounds) as bar:
+                run.search(SearchLimits(rounds, budget_usd, minutes), bar.step)
+            with atomic_write(context) as file:
+                file.write(join_blocks([*SYSTEM, *USER], run.context()).encode())
+            finalist = run.choose_finalist(final_shuffles(questions), choosing=orders if compiled else None)
+        if store is not None:
+            store_search(run, store, settings)
+        about = card(run, finalist, {"cells": settings["cells"], "questions": questions}, settings)
+        seen = {recording.question for of_cell in cells.values() for recording in of_cell}
+        if explorer is ExplorerName.AGENT:
+            seen |= exported_questions(recordings)  # the export has all models and benchmarks
+        _write_finalist(run, finalist, out, with_searched(about, seen))
+
+
+def _explorer(name: ExplorerName, options: ExplorerOptions, out: Path, tune: bool) -> Explorer:
+    """Return the explorer of a search, which tunes as well if asked to. Raises ExplorerError."""
+    explorer = make_explorer(name, options, out)
+    return Tuned(explorer) if tune else explorer
 
 
 def choose_runner(explorer: ExplorerName, tune: bool, kernel: bool | None) -> bool:
@@ -274,17 +291,6 @@ def make_kernel(
     runner = KernelRunner(arena, stack.enter_context(KernelPool(fixed_recordings(), rules, 1)))
     runner.compile()
     return runner
-
-
-def recording_width_warnings(cells: Mapping[Cell, Sequence[Recording]], max_branches: int) -> list[str]:
-    """Return a line for each cell whose recordings have fewer branches than controllers may open."""
-    recorded = {cell: min(recording.branches for recording in recordings) for cell, recordings in cells.items()}
-    return [
-        f"{' '.join(cell)}: only {branches} branches are recorded, {max_branches} are allowed: "
-        f"candidates that open more are scored with {branches}"
-        for cell, branches in recorded.items()
-        if branches < max_branches
-    ]
 
 
 def store_search(run: SearchLoop, place: StorePlace, settings: Mapping[str, Any]) -> None:
@@ -369,17 +375,6 @@ def _write_finalist(run: SearchLoop, finalist: Finalist, out: Path, about: Mappi
     if rival := better_baseline(run, finalist):
         console.print(f"no gain: {rival}", style="yellow", markup=False, highlight=False)
     console.print(f"{file}: AFS {finalist.afs:.2f} at {orders}, sandboxed; the card is beside it", highlight=False)
-
-
-def better_baseline(run: SearchLoop, finalist: Finalist) -> str:
-    """Return which built-in controller scores at least as high as the winner, with the scores; empty if none does."""
-    scores = {one.name: verdict.score for one, verdict in run.pairs if one.explorer == BASELINE}
-    own = next(verdict.score for one, verdict in run.pairs if one.digest == finalist.candidate.digest)
-    known = {name: score for name, score in scores.items() if score is not None}
-    best = max(known, key=known.__getitem__, default=None)
-    if best is None or own is None or known[best] < own:
-        return ""
-    return f"{best} scores {known[best]:.2f} in the table, {finalist.candidate.name} {own:.2f}"
 
 
 def _leaders(run: SearchLoop, most: int = 10) -> Table:

@@ -7,16 +7,19 @@ last line is dropped, because it was never acknowledged.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
 from collections.abc import Mapping
 from errno import ENOENT
 from hashlib import sha256
 from os import strerror
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from types import MappingProxyType, TracebackType
+from typing import Any, Final, NamedTuple, Self
 
+from discovery.data.atomic_files import open_lock
 from discovery.data.hash_chained_log import ChainFormat, HashChainedLog, begins_as
 from discovery.data.safe_json import parse_json
 from discovery.errors import DamagedLog, HistoryError
@@ -39,13 +42,57 @@ class Event(NamedTuple):
     hash: str
 
 
-class History:
-    """The events of a run, on disk and in memory."""
+class RunLock:
+    """Lock of a run, held by one history at a time: of two writers, each would break the chain of the other."""
 
-    def __init__(self, log: HashChainedLog[Event], events: list[Event]) -> None:
+    def __init__(self, record: Path) -> None:
+        """Take the lock, a file beside the record. Raises HistoryError if another process holds it."""
+        path = record.with_name(f"{record.name}.lock")
+        self._descriptor: int | None = None
+        try:
+            self._descriptor = open_lock(path)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise HistoryError(f"{record}: another process is continuing this run; wait until it ends") from None
+        except OSError as error:
+            self.release()
+            raise HistoryError(f"{path}: {error.strerror}") from None
+
+    def release(self) -> None:
+        """Release the lock, if it is held."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __del__(self) -> None:
+        self.release()
+
+
+class History:
+    """The events of a run, on disk and in memory.
+
+    A history that was begun or resumed is locked against other processes until it is closed, by leaving its context.
+    """
+
+    def __init__(self, log: HashChainedLog[Event], events: list[Event], lock: RunLock | None = None) -> None:
         self.path = log.path
         self.events = events
         self._log = log
+        self._lock = lock
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes continue the run."""
+        if self._lock is not None:
+            self._lock.release()
 
     @staticmethod
     def check_unused(path: Path) -> None:
@@ -55,20 +102,30 @@ class History:
 
     @classmethod
     def begin(cls, path: Path, settings: Mapping[str, Any]) -> History:
-        """Begin the history of a new run. Raises HistoryError if a run is recorded at `path` already."""
+        """Begin the history of a new run. Raises HistoryError if a run is recorded at `path` already, or begins now."""
         cls.check_unused(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise HistoryError(f"{path.parent}: {error.strerror}") from None
-        history = cls(HashChainedLog(path, _CHAIN), [])
-        history.append("begun", settings)
+        return cls._begin(path, settings, RunLock(path))
+
+    @classmethod
+    def _begin(cls, path: Path, settings: Mapping[str, Any], lock: RunLock) -> History:
+        history = cls(HashChainedLog(path, _CHAIN), [], lock)
+        try:
+            cls.check_unused(path)  # again, because another process may have begun it before it was locked
+            history.append("begun", settings)
+        except BaseException:
+            lock.release()
+            raise
         return history
 
     @classmethod
     def resume(cls, path: Path, settings: Mapping[str, Any]) -> History:
-        """Continue a recorded run, which must have begun with the same settings. Raises HistoryError.
+        """Continue a recorded run, which must have begun with the same settings and be continued by no other process.
 
+        Raises HistoryError.
         Runs of earlier releases did not record `ADDED`; it is not compared then, and a warning says so.
         """
         if not path.exists():
@@ -88,8 +145,16 @@ class History:
             log.warning(
                 "%s: the run was begun by an earlier release, which did not record %s: %s", path, name, ADDED[name]
             )
-        history = cls.read(path, mend=True)  # only now: a refused resume must change nothing
-        return history if begun else cls.begin(path, settings)
+        lock = RunLock(path)
+        try:
+            history = cls.read(path, mend=True)  # only now: a refused resume must change nothing
+        except BaseException:
+            lock.release()
+            raise
+        if not begun:
+            return cls._begin(path, settings, lock)
+        history._lock = lock
+        return history
 
     @classmethod
     def read(cls, path: Path, mend: bool = False) -> History:

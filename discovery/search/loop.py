@@ -275,6 +275,17 @@ def card(run: SearchLoop, finalist: Finalist, data: Mapping[str, Any], settings:
     }
 
 
+def better_baseline(run: SearchLoop, finalist: Finalist) -> str:
+    """Return which built-in controller scores at least as high as the winner, with the scores; empty if none does."""
+    scores = {one.name: verdict.score for one, verdict in run.pairs if one.explorer == BASELINE}
+    own = next(verdict.score for one, verdict in run.pairs if one.digest == finalist.candidate.digest)
+    known = {name: score for name, score in scores.items() if score is not None}
+    best = max(known, key=known.__getitem__, default=None)
+    if best is None or own is None or known[best] < own:
+        return ""
+    return f"{best} scores {known[best]:.2f} in the table, {finalist.candidate.name} {own:.2f}"
+
+
 def read_pairs(history: History, start: int = 0) -> list[tuple[Candidate, CandidateVerdict]]:
     """Return all judged candidates with their verdicts, in order, from the step `start` on."""
     return [

@@ -140,3 +140,14 @@ def describe_failures(all_scores: Iterable[Score]) -> str:
     """Return the number of failed episodes and the first one's message; empty if none failed."""
     failed = [failure for score in all_scores for failure in score.failures]
     return f"{len(failed)} episodes failed: {failed[0].message}" if failed else ""
+
+
+def recording_width_warnings(cells: Mapping[Cell, Sequence[Recording]], max_branches: int) -> list[str]:
+    """Return a line for each cell whose recordings have fewer branches than controllers may open."""
+    recorded = {cell: min(recording.branches for recording in recordings) for cell, recordings in cells.items()}
+    return [
+        f"{' '.join(cell)}: only {branches} branches are recorded, {max_branches} are allowed: "
+        f"candidates that open more are scored with {branches}"
+        for cell, branches in recorded.items()
+        if branches < max_branches
+    ]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from discovery.errors import HistoryError
-from discovery.search.history import ORIGIN, History
+from discovery.search.history import ORIGIN, History, RunLock
 
 SETTINGS: dict[str, Any] = {"explorer": "grammar", "seed": 3, "betas": [0.0, 0.5, 1.0], "latency": None}
 BODIES: list[dict[str, Any]] = [
@@ -249,3 +249,27 @@ def test_a_lone_surrogate_is_recorded_and_read_back(path: Path) -> None:
     history = History.begin(path, SETTINGS)
     history.append("judged", {"failure": "Mine raised ValueError: \ud800"})
     assert History.read(path).events == history.events
+
+
+def test_a_run_is_continued_by_one_process_at_a_time(path: Path) -> None:
+    with History.begin(path, SETTINGS) as history:
+        before = path.read_bytes()
+        for _ in range(2):
+            with pytest.raises(HistoryError, match="another process is continuing this run"):
+                History.resume(path, SETTINGS)
+        assert path.read_bytes() == before
+        assert len(History.read(path).events) == 1  # others may read it
+        history.append("judged", BODIES[1])
+    with History.resume(path, SETTINGS) as resumed:
+        resumed.append("judged", BODIES[1])
+    assert len(History.read(path).events) == 3
+
+
+def test_a_run_that_is_about_to_begin_is_not_begun_twice(path: Path) -> None:
+    path.parent.mkdir()
+    lock = RunLock(path)
+    with pytest.raises(HistoryError, match="another process is continuing this run"):
+        History.begin(path, SETTINGS)
+    assert not path.exists()
+    lock.release()
+    History.begin(path, SETTINGS).close()

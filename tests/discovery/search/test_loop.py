@@ -21,9 +21,7 @@ from discovery.commands.discover import (
     CONTEXT,
     RECORD,
     VARIED,
-    better_baseline,
     load_search_split,
-    recording_width_warnings,
 )
 from discovery.data.importers import format_recording_line
 from discovery.data.recordings import (
@@ -59,13 +57,14 @@ from discovery.search.loop import (
     SearchLimits,
     SearchLoop,
     baselines,
+    better_baseline,
     card,
     final_shuffles,
     read_pairs,
     rounded_tokens,
 )
 from discovery.search.trace_digest import digest_traces
-from discovery.search.trial_pool import TrialPool, TrialSettings
+from discovery.search.trial_pool import TrialPool, TrialSettings, recording_width_warnings
 from discovery.store import Store
 from tests.discovery.evaluation.test_evaluate import autotts, question
 from tests.discovery.search.test_cascade import FALLING, GOOD, VOTE, WEAK
@@ -420,6 +419,7 @@ def test_the_context_holds_digests_of_the_current_leaders_only(
     for context in explorer.shown:
         leaders = {one.candidate.digest: f"of {one.candidate.name}" for one in context.leaders[:2]}
         assert context.digests == leaders
+    run.history.close()
     resumed = started(tmp_path / RECORD, explorer, Remembering(arenas), digester=digester)
     assert resumed.context() == run.context() == explorer.shown[-1]
 
@@ -634,18 +634,23 @@ def test_a_transcript_replays_the_whole_run_without_endpoint_or_key(
     assert (tmp_path / RECORD).read_bytes() == by_model.record
 
 
-def test_the_cost_of_an_unfinished_proposal_is_added_to_its_sibling(by_model: Straight, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_drafted", [True, False])
+def test_the_cost_of_an_unfinished_proposal_is_in_the_record(
+    by_model: Straight, tmp_path: Path, is_drafted: bool
+) -> None:
+    """A draft that could not be repaired keeps its cost; without a draft, its sibling gets it."""
     server = by_model.asked.server
-    played: list[Turn] = [
+    lost = completion(reply_with("no("), (20, 2))
+    server.turns = [
         completion(reply_with("# new\n" + GOOD), (10, 1)),
-        completion(reply_with("no("), (20, 2)),
+        lost if is_drafted else (503, {}, lost),
         (401, {}, {}),
     ]
-    server.turns = list(played)
     many = asked(server.url).model_copy(update={"proposals": 2})
     made = LLM(many, Transcript(tmp_path / TRANSCRIPT), Waits()).propose(by_model.run.context())
-    assert [one.source for one in made] == ["# new\n" + GOOD]
-    assert (made[0].cost.prompt_tokens, made[0].cost.completion_tokens) == billed(played) == (30, 3)
+    assert made[0].source == "# new\n" + GOOD
+    costs = [(one.cost.prompt_tokens, one.cost.completion_tokens) for one in made]
+    assert costs == ([(10, 1), (20, 2)] if is_drafted else [(30, 3)])
     again = LLM(many.model_copy(update={"api_key": None}), Transcript(tmp_path / TRANSCRIPT), Waits())
     assert again.propose(by_model.run.context()) == made
 
@@ -711,7 +716,9 @@ def test_the_discover_command_writes_record_controller_and_card(finished_run: tu
     record = History.read(folder / RECORD)
     (file,) = folder.glob("*.py")
     about = json.loads(file.with_suffix(".json").read_text())
-    assert {path.name for path in folder.iterdir()} == {RECORD, CONTEXT, file.name, file.with_suffix(".json").name}
+    assert {path.name for path in folder.iterdir()} == {
+        *(RECORD, f"{RECORD}.lock", CONTEXT, file.name, file.with_suffix(".json").name)
+    }
     assert advise(file.read_text()) == []
     assert "answer comparison: exact\n" in printed
     measured = f"AFS {about['search']['afs']:.2f} at 9 β in 50 new branch orders, sandboxed"
@@ -831,6 +838,22 @@ def test_invalid_arguments_of_history_give_one_line(
 ) -> None:
     named = [str(finished_run[0]) if one == "RUN" else one for one in arguments]
     check_refused(tmp_path, message, "history", *named)
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_a_tuned_search_with_the_grammar_ends_and_is_resumed(lines: Path, tmp_path: Path) -> None:
+    asked = ("discover", *SEARCH, str(lines), "--tune", "--rounds", "5", "--out", "run")
+    done = autotts(*asked, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = tmp_path / "run" / RECORD
+    complete = record.read_bytes()
+    tuned = [one for one, _ in read_pairs(History.read(record)) if one.is_tuned]
+    assert {one.explorer for one in tuned} == {"grammar"}
+    record.write_bytes(complete[: int(len(complete) * 0.6)])
+    done = autotts(*asked, "--resume", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert record.read_bytes() == complete
 
 
 def test_the_history_command_prints_markup_in_notes_literally(by_model: Straight, tmp_path: Path) -> None:
