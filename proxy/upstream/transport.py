@@ -312,7 +312,8 @@ class UpstreamTransport:
         error = reply.get("error", reply)
         message = error.get("message") if isinstance(error, Mapping) else None
         if not isinstance(message, str):
-            return self.protocol_error(f"returned status {status} without an error message")
+            hint = "; set AUTOTTS_UPSTREAM_API_KEY to its key" if status in (401, 403) else ""
+            return self.protocol_error(f"returned status {status} without an error message{hint}")
         if status < HTTPStatus.BAD_REQUEST and isinstance(error.get("code"), int):
             status = error["code"]
         param = error.get("param")

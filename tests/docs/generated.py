@@ -18,6 +18,8 @@ from typing import Any, Final, NamedTuple
 import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
+from controllers import Advanced, Limits, State, Verb
+from controllers.builtin import create
 from proxy.settings import EMBEDDED, PREFIX, SERVED, Settings
 from proxy.telemetry.metrics import Metrics
 from tests.readability import PACKAGES, ROOT
@@ -69,7 +71,32 @@ def folders() -> list[str]:
     return _table(("folder", "what it holds"), rows)
 
 
+def waves() -> list[str]:
+    """Return the table of the branches and waves of the default controller, if all answers agree and if none do."""
+    rows = []
+    for beta in (0.0, 0.25, 0.5, 0.75, 1.0):
+        (alike, _), (different, rounds) = (_branches_and_rounds(beta, is_alike) for is_alike in (True, False))
+        rows.append((f"{beta:g}", str(alike), str(different), "1" if rounds == 1 else f"1 to {rounds}"))
+    return _table(("β", "branches if the first ones agree", "most branches", "waves"), rows)
+
+
+def _branches_and_rounds(beta: float, is_alike: bool) -> tuple[int, int]:
+    """Return how many branches the default controller opens, and in how many rounds it opens them."""
+    controller, state, rounds = create("adaptive_consistency", beta), State(Limits(1)), 0
+    while state.stop is None:
+        actions = controller.decide(state)
+        facts = [
+            Advanced(index, 1, 1, True, 0 if is_alike else index)
+            for index, action in enumerate(actions, state.width)
+            if action.verb is Verb.BRANCH
+        ]
+        rounds += bool(facts)
+        state.apply(actions, facts)
+    return state.width, rounds
+
+
 TABLES: Final = {
+    "waves": Table("docs/beta.md", waves),
     "settings": Table("docs/settings.md", settings),
     "metrics": Table("docs/metrics.md", metrics),
     "alerts": Table("docs/metrics.md", alerts),

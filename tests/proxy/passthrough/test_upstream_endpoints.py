@@ -87,6 +87,7 @@ async def test_upstream_errors_of_other_forms_are_returned_unchanged(body: bytes
     [
         (404, {"detail": "Not Found"}, 502, "returned 404 for a path that vLLM serves; check that it is vLLM"),
         (422, {"detail": FIELDS}, 422, "body.prompt: Field required; body.messages: Field required"),
+        (401, {"error": "Unauthorized"}, 502, "an error message; set AUTOTTS_UPSTREAM_API_KEY to its key"),
         (400, {"detail": "no", "error": "x"}, 502, "returned status 400 without an error message"),
     ],
 )
