@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from controllers.builtin import DEFAULT
 from discovery.store.databases.places import DatabaseUrl, StorePlace
 from proxy.probe_templates import Family
+from proxy.settings.bearer_token import BearerToken
 from proxy.settings.places import RegistrySetting, StoreSetting
 from proxy.settings.redis_url import RedisUrl
 from proxy.settings.upstreams import check_session_header, check_upstream
@@ -31,7 +32,6 @@ def _check_rising(text: str) -> str:
 
 
 Watermarks = Annotated[str, Field(pattern=r"^\d{1,9}(\.\d{1,9})?:\d{1,9}(\.\d{1,9})?$"), AfterValidator(_check_rising)]
-
 
 _RESERVED_FLAGS: Final = ("--host", "--port", "--outlive-parent")
 
@@ -91,7 +91,7 @@ class Settings(BaseSettings):
         'of a name, or a TOML file with lines such as `"MODEL" = ["URL", "URL"]`; without it the embedded model is '
         "started. A user and password in a URL are never logged",
     )
-    upstream_api_key: SecretStr | None = Field(None, description="bearer token for the upstreams")
+    upstream_api_key: BearerToken | None = Field(None, description="bearer token for the upstreams")
     spill_load: float = Field(
         0.8,
         gt=0,
@@ -190,7 +190,7 @@ class Settings(BaseSettings):
     )
     retired_metrics_s: Seconds = Field(600, description="seconds that series of retired controllers and models stay")
 
-    admin_key: SecretStr | None = Field(
+    admin_key: BearerToken | None = Field(
         None,
         description="bearer token of admins, who may see every request and record branches; without it there are no "
         "admins",

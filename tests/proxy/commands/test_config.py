@@ -172,6 +172,16 @@ def test_a_store_without_a_folder_is_refused_unless_the_spill_file_has_one(tmp_p
     assert load(**UP, store=store, spill=tmp_path / "spill").store == store  # its folder may be mounted later
 
 
+@pytest.mark.parametrize("name", ["admin_key", "upstream_api_key"])
+def test_a_bearer_token_has_no_white_space(name: str) -> None:
+    token = getattr(load(**UP, **{name: " a-b_c=\n"}), name)
+    assert token.get_secret_value() == "a-b_c="
+    for inside in ("secret word", "secret\nword", "secret\x00word"):
+        with pytest.raises(SettingsError, match=f"{name}: it has white space or a control character inside") as caught:
+            load(**UP, **{name: inside})
+        assert "secret" not in str(caught.value)
+
+
 def test_folders_that_cannot_be_looked_at_are_named_with_their_setting(tmp_path: Path) -> None:
     away = tmp_path / ("x" * 300)  # like a folder without permission, it raises OSError
     with pytest.raises(SettingsError, match=rf"store: {away}.*: File name too long; name a file in a folder you can"):

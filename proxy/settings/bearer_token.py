@@ -1,0 +1,22 @@
+"""Type of settings that hold a bearer token."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, SecretStr
+
+
+def _check_bearer_token(token: SecretStr) -> SecretStr:
+    """Return the token without white space at its ends, such as the line end of a file that a Secret was made of.
+
+    Raises ValueError if it has white space or a control character inside, which no client could send.
+    """
+    stripped = token.get_secret_value().strip()
+    if any(char.isspace() or not char.isprintable() for char in stripped):
+        raise ValueError("it has white space or a control character inside, which no header can carry as a token")
+    return SecretStr(stripped)
+
+
+BearerToken = Annotated[SecretStr, AfterValidator(_check_bearer_token)]
+"""A bearer token; empty means none."""
