@@ -190,6 +190,12 @@ def access_lines(written: io.StringIO) -> list[dict[str, Any]]:
     return [line for line in lines(written) if line["logger"] == ACCESS_LOGGER]
 
 
+async def ask(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> None:
+    """Send a request and read its response. Cancelling it closes the connection, even once the response has begun."""
+    async with http.post(url, json=body) as response:
+        await response.read()
+
+
 VOTED: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"prompt": "hi<assistant>"},
@@ -233,7 +239,7 @@ async def test_the_access_log_has_the_cost_of_a_request_whose_client_disconnects
     body = {"model": MODEL, "stream": stream, "tts": {"beta": 0.5}, **VOTED["/v1/chat/completions"]}
     async with running(settings) as url:
         async with aiohttp.ClientSession() as http:
-            asking = asyncio.create_task(http.post(f"{url}/v1/chat/completions", json=body))
+            asking = asyncio.create_task(ask(http, f"{url}/v1/chat/completions", body))
             await backend.hanging.wait()
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
@@ -293,7 +299,7 @@ async def test_the_access_log_has_the_stop_of_a_request_whose_deadline_passes_in
     path = "/v1/chat/completions"
     body = {"model": MODEL, "tts": {"beta": 0.5, "deadline_s": 0.3}, **VOTED[path]}
     async with running(settings) as url, aiohttp.ClientSession() as http:
-        first = asyncio.create_task(http.post(url + path, json={**body, "tts": {"beta": 0.5}}))
+        first = asyncio.create_task(ask(http, url + path, {**body, "tts": {"beta": 0.5}}))
         await backend.hanging.wait()
         async with http.post(url + path, json=body) as response:
             assert response.status == 504
