@@ -10,11 +10,11 @@ from pydantic import AfterValidator, SecretStr
 def _check_bearer_token(token: SecretStr) -> SecretStr:
     """Return the token without white space at its ends, such as the line end of a file that a Secret was made of.
 
-    Raises ValueError if it has white space or a control character inside, which no client could send.
+    Raises ValueError if it has a line end or another control character inside, which no client could send.
     """
     stripped = token.get_secret_value().strip()
-    if any(char.isspace() or not char.isprintable() for char in stripped):
-        raise ValueError("it has white space or a control character inside, which no header can carry as a token")
+    if not stripped.isprintable():
+        raise ValueError("it has a line end or another control character inside, which no header can carry")
     return SecretStr(stripped)
 
 
