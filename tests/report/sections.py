@@ -124,6 +124,7 @@ def sections(soak_minutes: float, with_peers: bool) -> list[Section]:
             "Mixed traffic on the real stack while upstream, store, keys, controllers and connections are disturbed.",
             lambda folder: (PYTHON, "-m", "tests.soak", "--minutes", f"{soak_minutes:g}"),
             f"make soak MINUTES={soak_minutes:g}",
+            timeout_s=60 * soak_minutes + 900,  # it also warms up and stops its servers
             headlines=r"(?:memory after|/health:|\d+ bills|nothing was wrong).*",
         ),
         *([_PEERS] if with_peers else []),

@@ -83,6 +83,12 @@ def test_a_section_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
     assert late.status < 0
 
 
+@pytest.mark.parametrize("minutes", [5.0, 30.0, 120.0])
+def test_a_long_soak_has_the_time_it_needs(minutes: float) -> None:
+    (soak,) = [section for section in sections(minutes, with_peers=False) if section.name == "soak"]
+    assert soak.timeout_s >= 60 * minutes + 600  # warm-up, start and stop of its servers
+
+
 def test_aims_are_compared_with_the_figures_of_their_rows() -> None:
     aims = (
         Aim("forwarding, 50", "ratio", 1.0),
