@@ -287,10 +287,10 @@ class State:
                             raise _bad(action, fact)
                         if fact.finished:
                             self._finish(fact)
-                        elif fact.confidence is None:
-                            branch.known_step = fact
                         if fact.confidence is not None:
                             branch.add_signals(fact)
+                        elif not fact.finished:
+                            branch.known_step = fact
                     tokens = fact.tokens
                     branch.intervals += fact.intervals
                     branch.tokens += tokens

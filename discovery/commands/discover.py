@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from enum import StrEnum
 from pathlib import Path
 from textwrap import shorten
@@ -208,7 +208,7 @@ def discover(
         "tune": tune,
         **({} if has_probes else {"has_probes": False}),
     }
-    with History.resume(record, settings) if resume else History.begin(record, settings) as history:
+    with closing(History.resume(record, settings) if resume else History.begin(record, settings)) as history:
         if chosen is None:  # only now: its transcript may be read when no other process writes it
             chosen = _explorer(explorer, options, out, tune)
         if explorer is ExplorerName.AGENT and not (out / EXPORT).exists():

@@ -16,8 +16,8 @@ from errno import ENOENT
 from hashlib import sha256
 from os import strerror
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Any, Final, NamedTuple, Self
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 from discovery.data.atomic_files import open_lock
 from discovery.data.hash_chained_log import ChainFormat, HashChainedLog, begins_as
@@ -72,7 +72,7 @@ class RunLock:
 class History:
     """The events of a run, on disk and in memory.
 
-    A history that was begun or resumed is locked against other processes until it is closed, by leaving its context.
+    A history that was begun or resumed is locked against other processes until it is closed.
     """
 
     def __init__(self, log: HashChainedLog[Event], events: list[Event], lock: RunLock | None = None) -> None:
@@ -80,14 +80,6 @@ class History:
         self.events = events
         self._log = log
         self._lock = lock
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let other processes continue the run."""
@@ -125,8 +117,8 @@ class History:
     def resume(cls, path: Path, settings: Mapping[str, Any]) -> History:
         """Continue a recorded run, which must have begun with the same settings and be continued by no other process.
 
-        Raises HistoryError.
-        Runs of earlier releases did not record `ADDED`; it is not compared then, and a warning says so.
+        Runs of earlier releases did not record `ADDED`; it is not compared then, and a warning says so. Raises
+        HistoryError.
         """
         if not path.exists():
             raise HistoryError(

@@ -182,7 +182,8 @@ class RequestSlots:
         """
         caller: Caller = request.state.caller
         self._check_count(caller, count)
-        limit = tokens, source = self._request_limit(caller, max_tokens)
+        limit = self._request_limit(caller, max_tokens)
+        tokens, source = limit
         check_prompts(limit, count, is_clients=source == "tts.max_total_tokens")
         share = None if tokens is None else max(1, tokens // count)
         caps = EpisodeCaps(self.branch_cap(caller), share, f"the share of each of {count} prompts in {source}", count)

@@ -141,13 +141,13 @@ def _dns_url(text: str) -> str:
     """Return the URL whose host is resolved. Raises ValueError."""
     url = _url(text)
     parts = urlsplit(url)
+    host = parts.hostname or ""
     if parts.scheme != "http":
         raise ValueError("use dns+http: a certificate would have to name the addresses; or name the URLs themselves")
-    if _is_address(parts.hostname or ""):
-        raise ValueError(f"{parts.hostname} is an address; name a host after dns+http://, or leave dns+ out")
-    labels = (parts.hostname or "").removesuffix(".").split(".")
-    if not all(0 < len(label) <= LONGEST_LABEL for label in labels):
-        raise ValueError(f"{parts.hostname} is not a host name: its parts must have 1 to {LONGEST_LABEL} characters")
+    if _is_address(host):
+        raise ValueError(f"{host} is an address; name a host after dns+http://, or leave dns+ out")
+    if not all(0 < len(label) <= LONGEST_LABEL for label in host.removesuffix(".").split(".")):
+        raise ValueError(f"{host} is not a host name: its parts must have 1 to {LONGEST_LABEL} characters")
     return url
 
 

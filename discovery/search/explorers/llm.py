@@ -37,8 +37,7 @@ class LLM:
     static check or was tried already, the model is asked once to repair it. A file that is still wrong, or whose repair
     fails or cannot be paid, is proposed anyway: the cascade reports the failure to the next author, and its cost is
     recorded. A candidate's cost is what the endpoint billed, repairs and failed calls included; calls of unknown cost
-    are counted in its genome. `Cost.seconds`
-    stays 0, so that a replayed run is identical.
+    are counted in its genome. `Cost.seconds` stays 0, so that a replayed run is identical.
     """
 
     name = "llm"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,7 @@ def test_a_lone_surrogate_is_recorded_and_read_back(path: Path) -> None:
 
 
 def test_a_run_is_continued_by_one_process_at_a_time(path: Path) -> None:
-    with History.begin(path, SETTINGS) as history:
+    with closing(History.begin(path, SETTINGS)) as history:
         before = path.read_bytes()
         for _ in range(2):
             with pytest.raises(HistoryError, match="another process is continuing this run"):
@@ -260,7 +261,7 @@ def test_a_run_is_continued_by_one_process_at_a_time(path: Path) -> None:
         assert path.read_bytes() == before
         assert len(History.read(path).events) == 1  # others may read it
         history.append("judged", BODIES[1])
-    with History.resume(path, SETTINGS) as resumed:
+    with closing(History.resume(path, SETTINGS)) as resumed:
         resumed.append("judged", BODIES[1])
     assert len(History.read(path).events) == 3
 

@@ -46,7 +46,7 @@ class NodeEnvironment(PeerEnvironment):
         return self.modules / "typescript" / "bin" / "tsc"
 
     @property
-    def missing(self) -> bool:
+    def is_missing(self) -> bool:
         """Whether these versions are not installed."""
         return not self._stamp.exists() or self._stamp.read_text() != repr((self.installs, self.packages))
 
@@ -57,7 +57,7 @@ class NodeEnvironment(PeerEnvironment):
     async def install(self) -> None:
         """Install Node.js and the packages unless these versions are installed already. Raises PeerMissing."""
         await super().install()
-        if not self.missing:
+        if not self.is_missing:
             return
         npm = self._wheel / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
         process = await asyncio.create_subprocess_exec(

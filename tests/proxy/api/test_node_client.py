@@ -45,7 +45,9 @@ for (const beta of ["0", null, undefined]) {
   await sent.catch((error) => console.log(error.constructor.name));
 }
 """
-needs_node = pytest.mark.skipif(OPENAI_NODE.missing, reason="OpenAI's npm package is not here; `make test` installs it")
+needs_node = pytest.mark.skipif(
+    OPENAI_NODE.is_missing, reason="OpenAI's npm package is not here; `make test` installs it"
+)
 
 
 async def run(folder: Path, *arguments: str) -> str:
